@@ -1,0 +1,1 @@
+"""jobctl: the client of gpujobd. Imports gpujobd.protocol and nothing else of the daemon."""

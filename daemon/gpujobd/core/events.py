@@ -1,0 +1,308 @@
+"""Facts, past tense, journaled, never refused.
+
+Rule 1: an event carries all that apply() needs: shares, prices and times are looked up by decide() and written
+down, so that a replay next year, under another configuration, gives the same state.
+Rule 2: tags are the on-disk format: written out, never renamed. New fields get defaults; old events stay readable.
+Rule 3: `at_ns` is wall-clock time and may step backwards; lengths of time come measured (`used_ns`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gpujobd.core.model import Checkpoint, ParamValue, Priority, Reason, Span, Timings, YieldWhy
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+    at_ns: int
+
+
+# --- the daemon -------------------------------------------------------------------------------------------
+
+
+class DaemonStarted(Event, frozen=True, tag="daemon_started"):
+    """First event of every run. Nothing is loaded, nothing is leased, no reservation holds."""
+
+    boot_id: str
+    version: str
+
+
+class DaemonStopping(Event, frozen=True, tag="daemon_stopping"):
+    """SIGTERM was received: no new leases."""
+
+
+class DevicesFound(Event, frozen=True, tag="devices_found"):
+    """The devices of this run; devices not named are gone, new ones are ok."""
+
+    devices: tuple[str, ...]
+
+
+class QueueSwitched(Event, frozen=True, tag="queue_switched"):
+    stopped: bool
+    disabled: bool
+    draining: bool
+    by: int
+    message: str = ""
+
+
+class DiskFilled(Event, frozen=True, tag="disk_filled"):
+    """A write met a full disk: work waits with reason DiskFull."""
+
+    detail: str = ""
+
+
+class DiskFreed(Event, frozen=True, tag="disk_freed"):
+    pass
+
+
+# --- submissions --------------------------------------------------------------------------------------------
+
+
+class Reserved(Event, frozen=True, tag="reserved"):
+    """Room is held while the input is streamed."""
+
+    reservation_id: int
+    owner: int
+    tenant: str
+    items: int
+    input_bytes: int
+    submit_id: str
+
+
+class ReservationReleased(Event, frozen=True, tag="reservation_released"):
+    reservation_id: int
+
+
+class Submitted(Event, frozen=True, tag="submitted"):
+    job_id: int
+    submit_id: str
+    owner: int
+    tenant: str
+    handler: str
+    items: int
+    input_bytes: int
+    input_sha256: bytes
+    name: str = ""
+    params: dict[str, ParamValue] = {}
+    priority: Priority = Priority.NORMAL
+    begin_ns: int = 0
+    deadline_ns: int = 0
+    failures_max: int = -1
+    retry_of: int = 0
+    reservation_id: int = 0  # ends with this event; 0: none was needed
+    forecast_ns: int = 0
+    input: bytes = b""  # rides here when it is small; apply() keeps the sequence number, never the bytes
+
+
+class InputsSpooled(Event, frozen=True, tag="inputs_spooled"):
+    """These inputs are in the spool, synced: the journal need not keep them."""
+
+    job_ids: tuple[int, ...]
+
+
+class PriorityChanged(Event, frozen=True, tag="priority_changed"):
+    job_id: int
+    priority: Priority
+    by: int
+
+
+class MovedFirst(Event, frozen=True, tag="moved_first"):
+    """The job stands at the head of its tenant's own line."""
+
+    job_id: int
+    by: int
+
+
+class Paused(Event, frozen=True, tag="paused"):
+    job_id: int
+    reason: Reason
+    detail: str = ""
+    by: int = -1  # uid; -1: the daemon
+
+
+class Resumed(Event, frozen=True, tag="resumed"):
+    job_id: int
+    at_head: bool = False
+    by: int = -1
+
+
+class Cancelled(Event, frozen=True, tag="cancelled"):
+    job_id: int
+    by: int
+    message: str = ""
+
+
+class Expired(Event, frozen=True, tag="expired"):
+    job_id: int
+
+
+class Failed(Event, frozen=True, tag="failed"):
+    job_id: int
+    reason: str  # HandlerFailing, FailuresMax, InputLost
+    detail: str = ""
+
+
+class Removed(Event, frozen=True, tag="removed"):
+    """The job and its files are gone, by retention or by `jobctl rm`. Its id is never used again."""
+
+    job_id: int
+    by: int = -1
+
+
+class SubmitIdsForgotten(Event, frozen=True, tag="submit_ids_forgotten"):
+    """Submit ids of removed jobs, kept for at least seven days."""
+
+    submit_ids: tuple[str, ...]
+
+
+# --- leases ---------------------------------------------------------------------------------------------------
+
+
+class Leased(Event, frozen=True, tag="leased"):
+    device: str
+    job_id: int
+    attempt: int
+    turn_ns: int = 0  # a new turn of this length begins; 0: the tenant's turn goes on
+
+
+class HandlerLoaded(Event, frozen=True, tag="handler_loaded"):
+    """A worker on this device holds this handler, loaded."""
+
+    device: str
+    handler: str
+    load_ns: int
+    vram_bytes: int = 0
+
+
+class WorkerGone(Event, frozen=True, tag="worker_gone"):
+    """The worker that held this handler is gone: evicted, dead, or stopped."""
+
+    device: str
+    handler: str
+
+
+class HandlerLoadFailed(Event, frozen=True, tag="handler_load_failed"):
+    """The lease is over; the handler's jobs wait until `retry_at_ns`."""
+
+    device: str
+    job_id: int
+    attempt: int
+    error: str
+    retry_at_ns: int
+    used_ns: int
+    vtime_ns: int
+
+
+class YieldRequested(Event, frozen=True, tag="yield_requested"):
+    device: str
+    job_id: int
+    attempt: int
+    why: YieldWhy
+    detail: str = ""
+    by: int = -1
+
+
+class Progress(Event, frozen=True, kw_only=True):
+    """What every report of work done carries. `used_ns` and `vtime_ns` are what this report adds."""
+
+    job_id: int
+    attempt: int
+    checkpoint: Checkpoint
+    used_ns: int
+    vtime_ns: int
+    timings: Timings = Timings()  # what this report adds
+    vram_bytes: int = 0  # peak so far
+
+
+class Checkpointed(Progress, frozen=True, tag="checkpointed"):
+    """Outputs are durable up to here; work goes on."""
+
+
+class Yielded(Progress, frozen=True, tag="yielded"):
+    """The worker gave the lease back at a batch boundary; counts against nobody."""
+
+
+class Completed(Progress, frozen=True, tag="completed"):
+    """Every item was tried."""
+
+
+class LeaseLost(Event, frozen=True, tag="lease_lost"):
+    """The lease ended without yield or finish: the worker died, hung, was poisoned, or the daemon died."""
+
+    job_id: int
+    attempt: int
+    cause: str  # died, silent, stalled, poisoned, daemon, canary, disk_full, output_damaged
+    detail: str = ""
+    suspects: tuple[Span, ...] = ()  # in hand when it happened: to be redone one by one
+    blamed: int = 0  # a line that was alone in hand; 0: none
+    canary_due: tuple[int, ...] = ()  # lines to be failed after a canary
+    retry_at_ns: int = 0
+    used_ns: int = 0
+    vtime_ns: int = 0
+
+
+class CanaryPassed(Event, frozen=True, tag="canary_passed"):
+    """A fresh worker computed a known item: what died is the items' fault. They fail with `worker_lost`."""
+
+    job_id: int
+    attempt: int
+    lines: tuple[int, ...]
+
+
+class DeviceFellIll(Event, frozen=True, tag="device_fell_ill"):
+    device: str
+    reason: str  # WorkerUnkillable, CanaryFailed, RepeatedFailures
+    detail: str
+    retry_at_ns: int
+
+
+class DeviceRecovered(Event, frozen=True, tag="device_recovered"):
+    device: str
+
+
+AnyEvent = (
+    DaemonStarted
+    | DaemonStopping
+    | DevicesFound
+    | QueueSwitched
+    | DiskFilled
+    | DiskFreed
+    | Reserved
+    | ReservationReleased
+    | Submitted
+    | InputsSpooled
+    | PriorityChanged
+    | MovedFirst
+    | Paused
+    | Resumed
+    | Cancelled
+    | Expired
+    | Failed
+    | Removed
+    | SubmitIdsForgotten
+    | Leased
+    | HandlerLoaded
+    | WorkerGone
+    | HandlerLoadFailed
+    | YieldRequested
+    | Checkpointed
+    | Yielded
+    | Completed
+    | LeaseLost
+    | CanaryPassed
+    | DeviceFellIll
+    | DeviceRecovered
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+
+
+def encode(event: AnyEvent) -> bytes:
+    """One journal record."""
+    return _encoder.encode(event)
+
+
+def decode(record: bytes) -> AnyEvent:
+    """Raises: msgspec.DecodeError, or ValueError for a record that is no event."""
+    return _decoder.decode(record)

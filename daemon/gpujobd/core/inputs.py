@@ -1,0 +1,251 @@
+"""What reaches the core: wishes of people, reports of workers, and the passing of time.
+
+Rule 1: an input may be wrong, stale or hostile; decide() answers with events, with none, or with `Refused`.
+Rule 2: people are named by the uid that the kernel reports; what that uid may do is looked up by the shell.
+Rule 3: reports of workers quote device and attempt; one that does not match the lease changes nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from gpujobd.core.model import Checkpoint, ParamValue, Priority, Span, Timings
+
+
+class Who(msgspec.Struct, frozen=True, kw_only=True):
+    """The peer of a connection."""
+
+    uid: int
+    name: str = ""  # user name; also the name of the user's own tenant
+    admin: bool = False
+    observer: bool = False
+    tenants: frozenset[str] = frozenset()  # tenants this user may submit as, own tenant included
+
+
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# --- people ---------------------------------------------------------------------------------------------------
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """The header of a submission: all of it but the bytes."""
+
+    submit_id: str
+    handler: str
+    items: int
+    input_bytes: int
+    input_sha256: bytes  # 32 bytes
+    item_bytes: int  # length of the longest line
+    tenant: str = ""  # empty: the user's own
+    name: str = ""
+    params: dict[str, ParamValue] = {}
+    priority: Priority = Priority.NORMAL
+    begin_ns: int = 0
+    deadline_ns: int = 0
+    failures_max: int = -1
+    retry_of: int = 0
+
+
+class Reserve(Input, frozen=True):
+    """May this come in? If yes, hold room for it. Known submit_id with the same content: no events."""
+
+    who: Who
+    submission: Submission
+
+
+class Release(Input, frozen=True):
+    """The stream of a reservation broke off, or its bytes were not what the header said."""
+
+    reservation_id: int
+
+
+class Submit(Input, frozen=True):
+    """The input is here, whole: `inline`, or in the spool under its reservation."""
+
+    who: Who
+    submission: Submission
+    reservation_id: int = 0
+    inline: bytes = b""
+
+
+class Cancel(Input, frozen=True):
+    who: Who
+    job_id: int
+    message: str = ""
+
+
+class Pause(Input, frozen=True):
+    who: Who
+    job_id: int
+    message: str = ""
+
+
+class Resume(Input, frozen=True):
+    who: Who
+    job_id: int
+    message: str = ""
+
+
+class SetPriority(Input, frozen=True):
+    who: Who
+    job_id: int
+    priority: Priority
+
+
+class MoveFirst(Input, frozen=True):
+    who: Who
+    job_id: int
+
+
+class Remove(Input, frozen=True):
+    who: Who
+    job_id: int
+
+
+class QueueVerb(enum.StrEnum):
+    STOP = "stop"
+    START = "start"
+    DISABLE = "disable"
+    ENABLE = "enable"
+    DRAIN = "drain"
+
+
+class SwitchQueue(Input, frozen=True):
+    """`start` also ends a drain."""
+
+    who: Who
+    verb: QueueVerb
+    message: str = ""
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------
+
+
+class Start(Input, frozen=True):
+    """First input of a run, after replay."""
+
+    boot_id: str
+    version: str
+    devices: tuple[str, ...]
+
+
+class Stop(Input, frozen=True):
+    """SIGTERM."""
+
+
+class Spooled(Input, frozen=True):
+    job_ids: tuple[int, ...]
+
+
+class DiskSpace(Input, frozen=True):
+    """A look at the spool's file system."""
+
+    full: bool
+    detail: str = ""
+
+
+class Retain(Input, frozen=True):
+    """Time to apply retention: final jobs past `final_days`, outputs beyond `outputs_bytes_max`."""
+
+
+class Tick(Input, frozen=True):
+    """Time has passed, or something changed: whatever is due, is done."""
+
+
+# --- workers ----------------------------------------------------------------------------------------------------
+
+
+class Report(Input, frozen=True, kw_only=True):
+    device: str
+    attempt: int
+    used_ns: int  # device time since the grant, as the supervisor measured it
+
+
+class Loaded(Input, frozen=True):
+    """A worker finished loading a handler (with or without a lease waiting for it)."""
+
+    device: str
+    handler: str
+    load_ns: int
+    vram_bytes: int = 0
+
+
+class LoadFailed(Report, frozen=True):
+    error: str
+
+
+class Unloaded(Input, frozen=True):
+    """The worker that held this handler is gone."""
+
+    device: str
+    handler: str
+
+
+class Work(Report, frozen=True, kw_only=True):
+    checkpoint: Checkpoint
+    timings: Timings = Timings()  # since the last report of this attempt
+    vram_bytes: int = 0
+
+
+class CheckpointReached(Work, frozen=True):
+    pass
+
+
+class GaveBack(Work, frozen=True):
+    """The worker yielded."""
+
+
+class Finished(Work, frozen=True):
+    """Every item was tried."""
+
+
+class Lost(Report, frozen=True):
+    """The lease is over and no checkpoint came with it."""
+
+    cause: str  # died, silent, stalled, poisoned, canary, disk_full, output_damaged, failures_max, input_lost
+    detail: str = ""
+    suspects: tuple[Span, ...] = ()  # the call in hand and the one before it
+
+
+class CanaryOk(Report, frozen=True):
+    """The canary of this lease passed; the lines it was run for may be failed."""
+
+
+class Unkillable(Input, frozen=True):
+    """The worker's lock is not free, or its cgroup not empty, 30 s after SIGKILL."""
+
+    device: str
+    detail: str = ""
+
+
+AnyInput = (
+    Reserve
+    | Release
+    | Submit
+    | Cancel
+    | Pause
+    | Resume
+    | SetPriority
+    | MoveFirst
+    | Remove
+    | SwitchQueue
+    | Start
+    | Stop
+    | Spooled
+    | DiskSpace
+    | Retain
+    | Tick
+    | Loaded
+    | LoadFailed
+    | Unloaded
+    | CheckpointReached
+    | GaveBack
+    | Finished
+    | Lost
+    | CanaryOk
+    | Unkillable
+)

@@ -1,0 +1,538 @@
+"""The words between gpujobd and its clients. PROTOCOL.md tells the same for people.
+
+    frame   := length u32 LE | body          length counts the body: 1 to FRAME_BYTES_MAX
+    body    := msgpack map with the key "verb" (client to daemon) or "reply" (daemon to client)
+
+Rule 1: the first frame each way is Hello / Welcome. Then requests, each with an `id` of the client's choice; they
+may be pipelined; every reply quotes the id. One request has one final reply; Events, Watch and Log send any number
+of `EventSeen`, `JobChanged` and `LogPiece` before it.
+Rule 2: `ErrorCode` values and tags are wire format: add, never rename.
+Rule 3: an absent key means "not known".
+Rule 4: this module imports the standard library and msgspec, nothing of the daemon: the client lives on it alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+VERSION: Final = 1
+FRAME_BYTES_MAX: Final = 1 << 20
+INLINE_BYTES_MAX: Final = 64 << 10  # an input up to this size rides in the Submit frame
+CHUNK_BYTES_MAX: Final = 512 << 10
+PAGE_JOBS_MAX: Final = 500  # jobs in one Jobs reply
+IN_FLIGHT_MAX: Final = 64  # requests of one connection without their final reply
+
+HEAD: Final = struct.Struct("<I")
+
+
+class ErrorCode(enum.StrEnum):
+    """Every way to say no."""
+
+    # Refused at the door: exit code 6.
+    QUEUE_FULL = "queue_full"
+    TOO_MANY_ITEMS = "too_many_items"
+    BACKLOG_FULL = "backlog_full"
+    INPUT_TOO_LARGE = "input_too_large"
+    ITEM_TOO_LARGE = "item_too_large"
+    SPOOL_FULL = "spool_full"
+    QUOTA = "quota"
+    UNKNOWN_HANDLER = "unknown_handler"
+    BAD_PARAMS = "bad_params"
+    BAD_INPUT = "bad_input"
+    CONFLICT = "conflict"
+    DISK_LOW = "disk_low"
+    DRAINING = "draining"
+    DISABLED = "disabled"
+    # Exit code 4.
+    FORBIDDEN = "forbidden"
+    # Exit code 2.
+    NO_SUCH_JOB = "no_such_job"
+    BAD_REQUEST = "bad_request"
+    BAD_STATE = "bad_state"  # the job is not in a state in which that can be done
+    # Exit code 3: the daemon cannot serve now.
+    TOO_MANY_CONNECTIONS = "too_many_connections"
+    TOO_MANY_REQUESTS = "too_many_requests"
+    TIMED_OUT = "timed_out"
+    NOT_ACCEPTED = "not_accepted"  # the journal is dead: nothing of this request was kept
+    INTERNAL = "internal"
+
+
+# --- client to daemon -------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag_field="verb", tag="hello", frozen=True):
+    versions: list[int]
+    program: str = ""
+
+
+class Request(msgspec.Struct, tag_field="verb", frozen=True, kw_only=True, omit_defaults=True):
+    id: int
+
+
+class Ping(Request, frozen=True, tag="ping"):
+    pass
+
+
+class Status(Request, frozen=True, tag="status"):
+    """The table of bare `jobctl`: switches, devices, what runs, what waits (first page)."""
+
+
+class Submit(Request, frozen=True, tag="submit"):
+    """Header of a submission. With `input`, all of it; without, Chunk frames follow after GoOn.
+
+    `times` are RFC 3339 UTC on the wire. `submit_id`: 1 to 64 printable ASCII characters, made by the client.
+    """
+
+    submit_id: str
+    handler: str
+    items: int
+    input_bytes: int
+    input_sha256: bytes
+    item_bytes: int
+    tenant: str = ""
+    name: str = ""
+    params: dict[str, str | int | float | bool] = {}
+    priority: str = "normal"
+    begin_at: datetime.datetime | None = None
+    deadline_at: datetime.datetime | None = None
+    failures_max: int = -1
+    dry_run: bool = False
+    input: bytes | None = None
+
+
+class Chunk(Request, frozen=True, tag="chunk"):
+    """Next piece of the input of the Submit with this id; an empty piece ends it."""
+
+    data: bytes
+
+
+class List(Request, frozen=True, tag="list"):
+    """Jobs the caller may see, oldest first, a page at a time."""
+
+    states: list[str] = []  # empty: every state
+    tenant: str = ""
+    handler: str = ""
+    mine: bool = False
+    after: int = 0  # job id; the `next` of the page before
+    newest: bool = False  # newest first; `after` then counts down
+    limit: int = PAGE_JOBS_MAX
+    changed_since: int = 0  # only jobs changed by an event with a later number
+
+
+class Show(Request, frozen=True, tag="show"):
+    job: int
+
+
+class Last(Request, frozen=True, tag="last"):
+    """The caller's newest job: `@`."""
+
+
+class Wait(Request, frozen=True, tag="wait"):
+    """Answered with Jobs once all of them are final. The client keeps its own timeout and hangs up."""
+
+    jobs: list[int]
+
+
+class Watch(Request, frozen=True, tag="watch"):
+    """A JobChanged now and at every change, until the job is final."""
+
+    job: int
+
+
+class Output(Request, frozen=True, tag="output"):
+    """A read-only descriptor (SCM_RIGHTS) of the results or errors file, and how many of its bytes count."""
+
+    job: int
+    errors: bool = False
+
+
+class Log(Request, frozen=True, tag="log"):
+    """The job's log as LogPiece replies; with `follow`, until the job is final."""
+
+    job: int
+    follow: bool = False
+
+
+class Events(Request, frozen=True, tag="events"):
+    """Events the caller may see, from `since` on (0: from now); with `follow`, for ever.
+
+    A Gap comes first where `since` is older than what is kept.
+    """
+
+    since: int = 0
+    follow: bool = False
+    job: int = 0  # 0: of all jobs
+
+
+class Cancel(Request, frozen=True, tag="cancel"):
+    job: int
+    message: str = ""
+
+
+class Pause(Request, frozen=True, tag="pause"):
+    job: int
+    message: str = ""
+
+
+class Resume(Request, frozen=True, tag="resume"):
+    job: int
+    message: str = ""
+
+
+class Retry(Request, frozen=True, tag="retry"):
+    """A new job from a final one: all items not done, or only those that failed."""
+
+    job: int
+    submit_id: str
+    failed_items: bool = False
+
+
+class SetPriority(Request, frozen=True, tag="priority"):
+    job: int
+    priority: str
+
+
+class First(Request, frozen=True, tag="first"):
+    job: int
+
+
+class Remove(Request, frozen=True, tag="rm"):
+    job: int
+
+
+class Queue(Request, frozen=True, tag="queue"):
+    action: str  # stop, start, disable, enable, drain
+    message: str = ""
+
+
+class Handlers(Request, frozen=True, tag="handlers"):
+    pass
+
+
+class Tenants(Request, frozen=True, tag="tenants"):
+    pass
+
+
+class Devices(Request, frozen=True, tag="devices"):
+    pass
+
+
+AnyRequest = (
+    Hello
+    | Ping
+    | Status
+    | Submit
+    | Chunk
+    | List
+    | Show
+    | Last
+    | Wait
+    | Watch
+    | Output
+    | Log
+    | Events
+    | Cancel
+    | Pause
+    | Resume
+    | Retry
+    | SetPriority
+    | First
+    | Remove
+    | Queue
+    | Handlers
+    | Tenants
+    | Devices
+)
+
+
+# --- what replies carry -----------------------------------------------------------------------------------------
+
+
+class Items(msgspec.Struct, frozen=True, kw_only=True):
+    total: int
+    done: int
+    failed: int
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    start_at: datetime.datetime | UnsetType = UNSET
+    finish_at: datetime.datetime | UnsetType = UNSET  # 50 %
+    finish_by_90: datetime.datetime | UnsetType = UNSET
+
+
+class JobTimings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    queued_s: float | UnsetType = UNSET
+    load_s: float | UnsetType = UNSET
+    compute_s: float | UnsetType = UNSET
+    io_s: float | UnsetType = UNSET  # read + write + sync
+    items_per_s: float | UnsetType = UNSET
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A job as people see it; the same in `--json`. Times are RFC 3339 UTC."""
+
+    id: int
+    tenant: str
+    owner: str  # user name, or the uid in digits where it has none
+    handler: str
+    priority: str
+    state: str
+    items: Items
+    submitted_at: datetime.datetime
+    name: str | UnsetType = UNSET
+    params: dict[str, str | int | float | bool] | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+    reason_detail: str | UnsetType = UNSET
+    yielding: str | UnsetType = UNSET  # why a running job is being asked to give its lease back
+    position: int | UnsetType = UNSET  # 1: next to start
+    forecast: Forecast | UnsetType = UNSET
+    begin_at: datetime.datetime | UnsetType = UNSET
+    deadline_at: datetime.datetime | UnsetType = UNSET
+    started_at: datetime.datetime | UnsetType = UNSET
+    finished_at: datetime.datetime | UnsetType = UNSET
+    attempt: int | UnsetType = UNSET
+    interruptions: int | UnsetType = UNSET
+    device: str | UnsetType = UNSET
+    retry_of: int | UnsetType = UNSET
+    failures_max: int | UnsetType = UNSET
+    gpu_s: float | UnsetType = UNSET  # device time charged so far
+    timings: JobTimings | UnsetType = UNSET
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    name: str
+    state: str
+    loaded: list[str]
+    reason: str | UnsetType = UNSET
+    reason_detail: str | UnsetType = UNSET
+    job: int | UnsetType = UNSET  # only where the caller may see it
+    tenant: str | UnsetType = UNSET
+    memory_bytes: int | UnsetType = UNSET
+    memory_total_bytes: int | UnsetType = UNSET
+    hardware: str | UnsetType = UNSET  # "NVIDIA H200", or the CPU's model name
+
+
+class HandlerView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    name: str
+    entry: str
+    params: dict[str, dict[str, object]]  # what a job may choose: type, default, choices, min, max
+    loaded_on: list[str]
+    load_s: float | UnsetType = UNSET
+    items_per_s: float | UnsetType = UNSET
+    failure: str | UnsetType = UNSET  # why it does not load
+    retry_at: datetime.datetime | UnsetType = UNSET
+
+
+class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    name: str
+    share: float
+    served_s: float
+    owed_s: float  # device time it is behind (or, negative, ahead of) an equal split by shares
+    queued: int
+    running: int
+    paused: int
+    items_left: int
+
+
+class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    stopped: bool = False
+    disabled: bool = False
+    draining: bool = False
+    message: str = ""
+    stopping: bool = False  # the daemon is on its way down
+    disk_full: bool = False
+
+
+# --- daemon to client -------------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, tag_field="reply", tag="welcome", frozen=True):
+    version: int
+    program: str  # "gpujobd 0.1.0"
+    boot_id: str
+    uid: int
+
+
+class Reply(msgspec.Struct, tag_field="reply", frozen=True, kw_only=True, omit_defaults=True):
+    id: int
+
+
+class Error(Reply, frozen=True, tag="error"):
+    """`limit` and `current` where a limit was met; the message names both as well."""
+
+    code: str
+    message: str
+    limit: int | UnsetType = UNSET
+    current: int | UnsetType = UNSET
+
+
+class Done(Reply, frozen=True, tag="done"):
+    """Final reply of everything that has nothing else to say."""
+
+
+class Pong(Reply, frozen=True, tag="pong"):
+    program: str
+    seq: int
+
+
+class GoOn(Reply, frozen=True, tag="go_on"):
+    """Room is held: send the Chunk frames."""
+
+
+class Accepted(Reply, frozen=True, tag="accepted"):
+    """The job is on disk. With `dry_run`, job is 0 and nothing was kept."""
+
+    job: int
+    forecast: Forecast | UnsetType = UNSET
+    position: int | UnsetType = UNSET
+
+
+class OneJob(Reply, frozen=True, tag="job"):
+    job: Job
+
+
+class Jobs(Reply, frozen=True, tag="jobs"):
+    jobs: list[Job]
+    seq: int  # the state is that after this event
+    next: int = 0  # `after` of the next page; 0: this is the last
+
+
+class StatusTable(Reply, frozen=True, tag="status"):
+    switches: Switches
+    devices: list[DeviceView]
+    running: list[Job]
+    waiting: list[Job]  # at most a page, in the order they are expected to start
+    paused: int
+    queued_in_all: int  # other people's included, so that a position can be understood
+
+
+class File(Reply, frozen=True, tag="file"):
+    """Comes with one descriptor. Bytes after `bytes` are provisional: do not read them."""
+
+    bytes: int
+
+
+class LogPiece(Reply, frozen=True, tag="log_piece"):
+    data: bytes
+
+
+class JobChanged(Reply, frozen=True, tag="job_changed"):
+    job: Job
+
+
+class EventSeen(Reply, frozen=True, tag="event"):
+    seq: int
+    event: dict[str, object]  # {"event": "submitted", "at": ..., "job": 7, ...}
+
+
+class Gap(Reply, frozen=True, tag="gap"):
+    """Events before `first_seq` are not kept any more; `List.changed_since` brings a client up to date."""
+
+    first_seq: int
+
+
+class HandlerList(Reply, frozen=True, tag="handlers"):
+    handlers: list[HandlerView]
+
+
+class TenantList(Reply, frozen=True, tag="tenants"):
+    tenants: list[TenantView]
+
+
+class DeviceList(Reply, frozen=True, tag="devices"):
+    devices: list[DeviceView]
+
+
+AnyReply = (
+    Welcome
+    | Error
+    | Done
+    | Pong
+    | GoOn
+    | Accepted
+    | OneJob
+    | Jobs
+    | StatusTable
+    | File
+    | LogPiece
+    | JobChanged
+    | EventSeen
+    | Gap
+    | HandlerList
+    | TenantList
+    | DeviceList
+)
+
+
+# --- frames -----------------------------------------------------------------------------------------------------
+
+
+class FrameError(Exception):
+    """The peer broke the protocol; the message says how."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
+_replies: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
+
+
+def frame(message: AnyRequest | AnyReply) -> bytes:
+    """Encode one message as one frame."""
+    body = _encoder.encode(message)
+    assert 0 < len(body) <= FRAME_BYTES_MAX, len(body)  # pairs with Frames
+    return HEAD.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts a byte stream into frame bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun and not ended."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield every body that is complete now.
+
+        Raises:
+            FrameError: a length outside 1 to FRAME_BYTES_MAX; the stream cannot be followed any further.
+        """
+        self._buffer += data
+        at = 0
+        try:
+            while len(self._buffer) - at >= HEAD.size:
+                (length,) = HEAD.unpack_from(self._buffer, at)
+                if not 0 < length <= FRAME_BYTES_MAX:
+                    raise FrameError(f"frame of {length} bytes, allowed are 1 to {FRAME_BYTES_MAX}")
+                if len(self._buffer) - at < HEAD.size + length:
+                    break
+                yield bytes(self._buffer[at + HEAD.size : at + HEAD.size + length])
+                at += HEAD.size + length
+        finally:
+            del self._buffer[:at]
+
+
+def decode_request(body: bytes) -> AnyRequest:
+    """Raises: FrameError for anything that is no request; nothing else escapes, whatever the bytes."""
+    try:
+        return _requests.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise FrameError(f"not a request: {error}") from None
+
+
+def decode_reply(body: bytes) -> AnyReply:
+    """Raises: FrameError for anything that is no reply."""
+    try:
+        return _replies.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise FrameError(f"not a reply: {error}") from None

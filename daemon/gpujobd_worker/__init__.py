@@ -1,0 +1,1 @@
+"""The worker: the other process. Standard library only, any CPython >= 3.9."""

@@ -1,0 +1,1 @@
+"""Handlers shipped with the package, one file each."""
