@@ -13,7 +13,7 @@ Rule 4: this module imports the standard library and msgspec, nothing of the dae
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import enum
 import struct
 from collections.abc import Iterator
@@ -100,8 +100,8 @@ class Submit(Request, frozen=True, tag="submit"):
     name: str = ""
     params: dict[str, str | int | float | bool] = {}
     priority: str = "normal"
-    begin_at: datetime.datetime | None = None
-    deadline_at: datetime.datetime | None = None
+    begin_at: dt.datetime | None = None
+    deadline_at: dt.datetime | None = None
     failures_max: int = -1
     dry_run: bool = False
     input: bytes | None = None
@@ -262,9 +262,9 @@ class Items(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    start_at: datetime.datetime | UnsetType = UNSET
-    finish_at: datetime.datetime | UnsetType = UNSET  # 50 %
-    finish_by_90: datetime.datetime | UnsetType = UNSET
+    start_at: dt.datetime | UnsetType = UNSET
+    finish_at: dt.datetime | UnsetType = UNSET  # 50 %
+    finish_by_90: dt.datetime | UnsetType = UNSET
 
 
 class JobTimings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -285,7 +285,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: str
     state: str
     items: Items
-    submitted_at: datetime.datetime
+    submitted_at: dt.datetime
     name: str | UnsetType = UNSET
     params: dict[str, str | int | float | bool] | UnsetType = UNSET
     reason: str | UnsetType = UNSET
@@ -293,10 +293,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     yielding: str | UnsetType = UNSET  # why a running job is being asked to give its lease back
     position: int | UnsetType = UNSET  # 1: next to start
     forecast: Forecast | UnsetType = UNSET
-    begin_at: datetime.datetime | UnsetType = UNSET
-    deadline_at: datetime.datetime | UnsetType = UNSET
-    started_at: datetime.datetime | UnsetType = UNSET
-    finished_at: datetime.datetime | UnsetType = UNSET
+    begin_at: dt.datetime | UnsetType = UNSET
+    deadline_at: dt.datetime | UnsetType = UNSET
+    started_at: dt.datetime | UnsetType = UNSET
+    finished_at: dt.datetime | UnsetType = UNSET
     attempt: int | UnsetType = UNSET
     interruptions: int | UnsetType = UNSET
     device: str | UnsetType = UNSET
@@ -327,7 +327,7 @@ class HandlerView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     load_s: float | UnsetType = UNSET
     items_per_s: float | UnsetType = UNSET
     failure: str | UnsetType = UNSET  # why it does not load
-    retry_at: datetime.datetime | UnsetType = UNSET
+    retry_at: dt.datetime | UnsetType = UNSET
 
 
 class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
