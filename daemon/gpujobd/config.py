@@ -1,0 +1,281 @@
+"""What the administrator sets: gpujobd.toml, and one file a handler in handlers.d beside it.
+
+Rule 1: everything is optional; the defaults here are the documentation's numbers.
+Rule 2: an unknown key, a wrong type or a value out of bounds is refused with file, line and key. Nothing is guessed.
+Rule 3: units and bounds are in the names.
+
+Where files are:     as a service                    as an ordinary user
+  configuration      /etc/gpujobd/gpujobd.toml       $XDG_CONFIG_HOME/gpujobd/gpujobd.toml  (~/.config)
+  state              /var/lib/gpujobd                $XDG_STATE_HOME/gpujobd                (~/.local/state)
+  socket             /run/gpujobd/control.sock       $XDG_RUNTIME_DIR/gpujobd/control.sock
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from gpujobd.core.model import S_NS, HandlerRule, ParamRule, ParamValue, Rules, TenantRule
+
+Positive = Annotated[int, Meta(ge=1)]
+PositiveSeconds = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DeviceName = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]+)$")]
+
+SYSTEM_CONFIG: Final = Path("/etc/gpujobd/gpujobd.toml")
+
+
+class ConfigError(Exception):
+    """Names file, line and key."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Limits(Section, frozen=True):
+    """The door."""
+
+    queued_jobs_max: Positive = 1000  # queued + running + paused
+    queued_jobs_per_uid_max: Positive = 1000
+    items_per_job_max: Positive = 50_000
+    queued_items_max: Positive = 1_000_000
+    input_bytes_max: Positive = 200_000_000
+    item_bytes_max: Annotated[int, Meta(ge=1, le=1 << 20)] = 1 << 20
+    spool_bytes_max: Positive = 50_000_000_000
+    disk_free_bytes_min: Annotated[int, Meta(ge=0)] = 500_000_000
+    """Free space under which submissions are refused with disk_low: room for what runs to finish."""
+    events_bytes_max: Positive = 256_000_000
+
+
+class Retention(Section, frozen=True):
+    final_days: Positive = 30
+    outputs_bytes_max: Positive = 25_000_000_000
+
+
+class Scheduler(Section, frozen=True):
+    slice_s: PositiveSeconds = 30.0
+    aging_s: PositiveSeconds = 21_600.0
+    swap_overhead_max: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    wait_max_s: PositiveSeconds = 1800.0
+    resume_on_start: bool = True
+
+
+class Worker(Section, frozen=True):
+    silent_timeout_s: PositiveSeconds = 60.0  # no heartbeat
+    stall_timeout_s: PositiveSeconds = 300.0  # heartbeats, no progress; a handler may set its own
+    pause_grace_s: PositiveSeconds = 60.0  # SIGTERM: how long a batch may take to end
+    load_timeout_s: PositiveSeconds = 600.0  # how long a handler may take to load
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """Compute threads of a worker (OMP_NUM_THREADS); 0: as many as the host has cores."""
+    checkpoint_s: PositiveSeconds = 1.0
+    """Work that kill -9 may cost. A checkpoint is two fdatasyncs: 0.5 % of the time at a batch a second, measured."""
+    log_bytes_max: Positive = (
+        4_000_000  # of one job's log; what a handler prints beyond it is counted, not kept
+    )
+
+
+class Access(Section, frozen=True):
+    admins: tuple[str, ...] = ("gpujobd-admin",)  # group names; root always
+    observers: tuple[str, ...] = ()  # users, or groups as "@name": they follow every event and nothing else
+    high_priority: tuple[str, ...] = ()  # users or "@groups" that may submit with --priority high
+
+
+class TenantSection(Section, frozen=True):
+    share: PositiveSeconds = 1.0
+    queued_jobs_max: Positive | None = None
+    members: tuple[str, ...] = ()  # users, or groups as "@name": who may submit as this tenant
+
+
+class ParamSection(Section, frozen=True):
+    type: Annotated[str, Meta(pattern="^(str|int|float|bool)$")]
+    default: ParamValue | None = None
+    choices: tuple[ParamValue, ...] = ()
+    min: float | None = None
+    max: float | None = None
+
+
+class Handler(Section, frozen=True):
+    """handlers.d/NAME.toml."""
+
+    entry: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    python: str = ""  # interpreter; empty: the daemon's own
+    path: tuple[str, ...] = ()
+    batch_max: Positive = 256
+    stall_timeout_s: PositiveSeconds | None = None
+    vram_gib: Annotated[float, Meta(ge=0)] = 0.0
+    threads: Annotated[int, Meta(ge=0)] | None = None
+    params: dict[str, Any] = {}
+    job_params: dict[Name, ParamSection] = {}
+
+
+class File(Section, frozen=True):
+    """gpujobd.toml as it is written."""
+
+    devices: Annotated[str, Meta(pattern="^auto$")] | tuple[DeviceName, ...] = "auto"
+    limits: Limits = Limits()
+    retention: Retention = Retention()
+    scheduler: Scheduler = Scheduler()
+    worker: Worker = Worker()
+    access: Access = Access()
+    tenants: dict[Name, TenantSection] = {}
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything, read and checked."""
+
+    file: File = File()
+    handlers: dict[str, Handler] = {}
+
+    def rules(self) -> Rules:
+        """What the core needs to know of all this."""
+        limits, scheduler = self.file.limits, self.file.scheduler
+        return Rules(
+            queued_jobs_max=limits.queued_jobs_max,
+            items_per_job_max=limits.items_per_job_max,
+            queued_items_max=limits.queued_items_max,
+            input_bytes_max=limits.input_bytes_max,
+            item_bytes_max=limits.item_bytes_max,
+            spool_bytes_max=limits.spool_bytes_max,
+            jobs_per_uid_max=limits.queued_jobs_per_uid_max,
+            final_days=self.file.retention.final_days,
+            outputs_bytes_max=self.file.retention.outputs_bytes_max,
+            slice_ns=round(scheduler.slice_s * S_NS),
+            aging_ns=round(scheduler.aging_s * S_NS),
+            swap_overhead_max=scheduler.swap_overhead_max,
+            wait_max_ns=round(scheduler.wait_max_s * S_NS),
+            resume_on_start=scheduler.resume_on_start,
+            tenants={
+                n: TenantRule(share=t.share, queued_jobs_max=t.queued_jobs_max)
+                for n, t in self.file.tenants.items()
+            },
+            handlers={name: _handler_rule(handler) for name, handler in self.handlers.items()},
+        )
+
+
+def _handler_rule(handler: Handler) -> HandlerRule:
+    return HandlerRule(
+        job_params={
+            name: ParamRule(type=p.type, default=p.default, choices=p.choices, min=p.min, max=p.max)
+            for name, p in handler.job_params.items()
+        },
+        vram_bytes=round(handler.vram_gib * (1 << 30)),
+    )
+
+
+# A first job can be run before anything is configured: this handler needs nothing but Python.
+FIRST_HANDLER: Final = {
+    "checksum": Handler(entry="gpujobd_worker.handlers.checksum:Checksum", batch_max=4096)
+}
+
+
+def load(path: Path | None) -> Config:
+    """Read `path` and handlers.d beside it; None: the usual place, where absence is no error.
+
+    Raises:
+        ConfigError: a named file is missing, or something in one is wrong.
+    """
+    named = path is not None
+    path = path or default_config_path()
+    if not path.exists():
+        if named:
+            raise ConfigError(f"{path}: no such file")
+        file = File()
+    else:
+        file = _read(path, File)
+    folder = path.parent / "handlers.d"
+    handlers = (
+        {entry.stem: _handler(entry) for entry in sorted(folder.glob("*.toml"))} if folder.is_dir() else {}
+    )
+    return Config(file=file, handlers=handlers or FIRST_HANDLER)
+
+
+def _handler(path: Path) -> Handler:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", path.stem):
+        raise ConfigError(f"{path}: a handler's name has 1 to 64 letters, digits, _ and -")
+    handler = _read(path, Handler)
+    if handler.python and not os.access(handler.python, os.X_OK):
+        raise ConfigError(
+            f"{path}: line {_line_of(path.read_text(), 'python', '')}: python: {handler.python} cannot be run"
+        )
+    return handler
+
+
+T = TypeVar("T")
+
+
+def _read(path: Path, shape: type[T]) -> T:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return msgspec.convert(tomllib.loads(text), shape)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_place(text, str(error))}") from None
+
+
+def _place(text: str, message: str) -> str:
+    """Turn msgspec's "... - at `$.limits.x`" into a line and a key."""
+    what, _, where = message.partition(" - at `$")
+    where = where.strip("`.").replace("[...]", "")
+    unknown = re.search(r"unknown field `([^`]+)`", what)
+    keys = [k for k in where.split(".") if k] + ([unknown[1]] if unknown else [])
+    if not keys:
+        return what
+    line = _line_of(text, keys[-1], ".".join(keys[:-1]))
+    return f"line {line}: {'.'.join(keys)}: {'unknown key' if unknown else what}"
+
+
+def _line_of(text: str, key: str, section: str) -> int:
+    """Line that sets `key` in `section`, or opens it; 1 where neither is found."""
+    current, opened = "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([^\]]+)\]", line):
+            current = header[1].strip()
+            if current == section or current == f"{section}.{key}".lstrip("."):
+                opened = number
+        elif current == section and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+            return number
+    return opened
+
+
+def is_service() -> bool:
+    """Root, or the system user of the package, serves the host; anybody else serves himself."""
+    return os.geteuid() == 0 or "STATE_DIRECTORY" in os.environ
+
+
+def default_config_path() -> Path:
+    if is_service():
+        return SYSTEM_CONFIG
+    return _xdg("XDG_CONFIG_HOME", ".config") / "gpujobd" / "gpujobd.toml"
+
+
+def default_state_dir() -> Path:
+    if is_service():
+        return Path("/var/lib/gpujobd")
+    return _xdg("XDG_STATE_HOME", ".local/state") / "gpujobd"
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    value = os.environ.get(variable, "")
+    return Path(value) if value.startswith("/") else Path.home() / fallback
+
+
+def interpreter(handler: Handler) -> str:
+    return handler.python or sys.executable
+
+
+def threads(config: Config, handler: Handler) -> int:
+    chosen = handler.threads if handler.threads is not None else config.file.worker.threads
+    return chosen or os.cpu_count() or 1
