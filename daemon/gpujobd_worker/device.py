@@ -1,0 +1,80 @@
+"""What the worker knows of its device. torch is asked only where the handler has brought it in.
+
+Everything here works without torch, without a GPU and after one has failed: facts that cannot be had are 0 or "".
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+from typing import Any
+
+CPU_MODEL_KEYS = ("model name", "Model", "Hardware")  # of /proc/cpuinfo: x86, POWER and some ARM
+
+
+def torch() -> Any | None:
+    """The torch module if somebody imported it; never imports it."""
+    module = sys.modules.get("torch")
+    return module if hasattr(module, "cuda") else None
+
+
+def set_threads(threads: int) -> None:
+    """Limit the CPU threads of what the handler computes with. Call it between its import and its making."""
+    module = torch()
+    if module is not None and threads > 0:
+        module.set_num_threads(threads)
+
+
+class Gauge:
+    """Memory that the handler has taken on its device since this was made."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # "cuda:0", "cpu"
+        self._before = _peak_rss_bytes()
+
+    @property
+    def on_cuda(self) -> bool:
+        module = torch()
+        return self.name.startswith("cuda") and module is not None and bool(module.cuda.is_initialized())
+
+    def peak_bytes(self) -> int:
+        """The largest so far: what torch's allocator reserved on a GPU, resident memory on a CPU."""
+        if self.on_cuda:
+            return int(torch().cuda.max_memory_reserved(self.name))  # type: ignore[union-attr]
+        return max(0, _peak_rss_bytes() - self._before)
+
+    def total_bytes(self) -> int:
+        """All there is: of the GPU, or of the host."""
+        if self.on_cuda:
+            return int(torch().cuda.get_device_properties(self.name).total_memory)  # type: ignore[union-attr]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def hardware(self) -> str:
+        """The GPU's or the CPU's model name."""
+        if self.on_cuda:
+            return str(torch().cuda.get_device_name(self.name))  # type: ignore[union-attr]
+        return _cpu_model()
+
+    def free(self) -> None:
+        """Give back what nothing refers to any more. Call it outside of any except block."""
+        gc.collect()
+        if self.on_cuda:
+            torch().cuda.empty_cache()  # type: ignore[union-attr]
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB: getrusage(2)
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in CPU_MODEL_KEYS:
+                    return value.strip()
+    except OSError:
+        pass
+    return os.uname().machine

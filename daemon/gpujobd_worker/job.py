@@ -1,0 +1,291 @@
+"""One lease: the pipeline from a job's input to its outputs.
+
+    reader thread          main thread                     writer thread
+    bytes -> items  ==>  segments -> handler -> outcomes  ==>  records -> fdatasync -> checkpoint
+
+Rule 1: outcomes go on in input order, whatever was split and tried again; deferred items follow at the end.
+Rule 2: what has been computed is written and checkpointed BEFORE the lease is given back, and the files are closed and
+the lock is free BEFORE the daemon hears of it.
+Rule 3: a poisoned device ends the process without a last checkpoint: what came just before is not to be trusted.
+
+Lines are this job's own, 1-based; the original numbers of a retry are used in the records only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from gpujobd_worker.call import Caller, Desk, Poisoned, log
+from gpujobd_worker.failures import (
+    OOM,
+    POISONED,
+    TRANSIENT,
+    WORKER_LOST,
+    Deferral,
+    Failure,
+    refusal_of,
+    shorten,
+)
+from gpujobd_worker.files import JobFiles, LeaseLost
+from gpujobd_worker.lines import Reader, Segment, Window, chunks, open_input, parse, read_numbers
+from gpujobd_worker.pipe import TEXT_CHARS_MAX, Message, Pipe
+from gpujobd_worker.terms import Terms
+from gpujobd_worker.writer import Batch, Checkpoint, Outcome, Writer
+
+DEFERRED_MAX = 1000
+TRIES_MAX = 5
+BACKOFF_FIRST_S = 1.0  # doubling: 1, 2, 4, 8 s before tries 2 to 5
+FETCH_LINES = 64  # deferred lines read again in one pass over the input: 64 MiB at most
+CANARIES_MAX = 5  # lines tried before a canary counts as failed
+WORKER_LOST_TRIES = 2
+PROCESS_ENDS = ("died", "poisoned", "canary")  # causes of loss after which only a new worker helps
+EXIT_LOST = 1
+
+
+class Lease:
+    """The run of one lease, from its message to its last one."""
+
+    def __init__(
+        self, message: Message, desk: Desk, pipe: Pipe, checkpoint_s: float, stop: threading.Event
+    ) -> None:
+        """`stop` asks for the lease to end at the next batch boundary."""
+        self._terms = Terms(message)
+        self._desk = desk
+        self._pipe = pipe
+        self._checkpoint_s = checkpoint_s
+        self._stop = stop
+        # line -> tries, in the order they are tried in
+        self._deferred: dict[int, int] = dict(self._terms.checkpoint["deferred"])
+        self._numbers: list[int] = []
+        self._caller: Caller
+        self._writer: Writer
+        self._reader: Reader
+        self._told_s = {"read_s": 0.0, "compute_s": 0.0}  # of timings reported so far
+
+    def run(self) -> None:
+        """Compute until the end, a yield or a loss, and report which."""
+        pulse = self._desk.pulse
+        pulse.attempt = self._terms.attempt
+        try:
+            with JobFiles(
+                self._terms.folder, self._terms.attempt, self._terms.checkpoint, self._stop.is_set
+            ) as files:
+                kind, fields = self._work(files)
+        except LeaseLost as lost:
+            kind, fields = "lost", {"cause": lost.cause, "detail": lost.detail}
+        except OSError as error:
+            kind, fields = "lost", {"cause": "died", "detail": f"the job's files: {error}"}
+        except Poisoned as error:
+            kind, fields = "lost", {"cause": "poisoned", "detail": str(error)}
+        self._close(kind, fields)
+        pulse.attempt = pulse.line = pulse.batch = 0
+
+    def _close(self, kind: str, fields: dict[str, Any]) -> None:
+        if "detail" in fields:
+            fields["detail"] = shorten(fields["detail"], TEXT_CHARS_MAX)
+            log(f"lease lost: {fields['cause']}: {fields['detail']}")
+        if fields.get("cause") in PROCESS_ENDS:
+            self._pipe.last_words(EXIT_LOST, kind, attempt=self._terms.attempt, **fields)
+        self._pipe.send(kind, attempt=self._terms.attempt, **fields)
+
+    def _work(self, files: JobFiles) -> tuple[str, dict[str, Any]]:
+        """The pipeline. Raises: LeaseLost, OSError, Poisoned; with the last two the process ends."""
+        terms = self._terms
+        fd = open_input(files.folder)
+        try:
+            self._numbers = read_numbers(files.folder, terms.items)
+            self._caller = Caller(self._desk, terms, files.page)
+            if terms.canary:
+                self._run_canary(fd)
+            self._reader = Reader(fd, terms.checkpoint["upto"], terms.items)
+            self._writer = Writer(
+                files,
+                terms.checkpoint,
+                every_s=self._checkpoint_s,
+                report=self._report,
+                enough=terms.too_many,
+                stop=self._stop,
+            )
+            lost = self._compute(fd)
+            self._reader.stop()
+            self._writer.finish()
+        finally:
+            os.close(fd)
+        return self._ending(self._writer.lost or lost)
+
+    def _ending(self, lost: LeaseLost | None) -> tuple[str, dict[str, Any]]:
+        checkpoint = self._writer.checkpoint
+        if lost is None and self._terms.too_many(checkpoint["failed"]):
+            lost = LeaseLost(
+                "failures_max", f"{checkpoint['failed']} items failed, {self._terms.failures_max} may"
+            )
+        report = self._report_fields(checkpoint, self._writer.spent())
+        if lost is not None:
+            return "lost", {"cause": lost.cause, "detail": lost.detail, **report}
+        tried_all = checkpoint["upto"] == self._terms.items and not checkpoint["deferred"]
+        return ("finished" if tried_all else "yielded"), report
+
+    def _report(self, checkpoint: Checkpoint, spent: dict[str, float]) -> None:
+        """Called by the writer's thread."""
+        self._pipe.send("checkpoint", attempt=self._terms.attempt, **self._report_fields(checkpoint, spent))
+
+    def _report_fields(self, checkpoint: Checkpoint, spent: dict[str, float]) -> dict[str, Any]:
+        """What a report says; its timings are those since the report before."""
+        now_s = {"read_s": self._reader.read_s, "compute_s": self._caller.compute_s}
+        since_s = {stage: now_s[stage] - self._told_s[stage] for stage in now_s}
+        self._told_s = now_s
+        return {
+            "checkpoint": checkpoint,
+            "timings": {"load_s": 0.0, **since_s, **spent},
+            "vram_bytes": self._desk.gauge.peak_bytes(),
+        }
+
+    # --- computing ------------------------------------------------------------------------------------------
+
+    def _compute(self, fd: int) -> LeaseLost | None:
+        """Hand outcomes to the writer until the end or a stop; what ended it early is returned, for the writer still
+        has to write what it got.
+
+        Raises:
+            Poisoned: the process is to end.
+        """
+        try:
+            self._try_all(Window(self._reader, self._terms.checkpoint["upto"] + 1))
+            if not self._stop.is_set():
+                self._try_deferred(fd)
+        except LeaseLost as lost:
+            return lost
+        return None
+
+    def _try_all(self, window: Window) -> None:
+        split: list[Segment] = []  # halves of calls that failed, the next one last
+        while not self._stop.is_set():
+            segment = split.pop() if split else self._next(window)
+            if segment is None:
+                return
+            custom_ids = [_custom_id(item) for item in segment.items]
+            outcomes = self._outcomes(segment)
+            if outcomes is None:
+                split.extend(segment.halves())
+            else:
+                self._put(segment, custom_ids, outcomes)
+
+    def _next(self, window: Window) -> Segment | None:
+        return window.take(self._terms.share(window.line, self._desk.sizer.size(self._terms.batch_max)))
+
+    def _outcomes(self, segment: Segment) -> list[Outcome] | None:
+        if segment.first in self._terms.condemned:  # and so alone: see Terms.share
+            return [Failure(WORKER_LOST, "its worker died twice with this item in hand", WORKER_LOST_TRIES)]
+        return self._caller.outcomes(segment)
+
+    def _put(self, segment: Segment, custom_ids: list[Any], outcomes: list[Outcome]) -> None:
+        before = len(self._deferred)
+        for index, outcome in enumerate(outcomes):
+            if type(outcome) is Failure and outcome.code == TRANSIENT:
+                outcomes[index] = self._deferral(segment.first + index, 1, outcome)
+        deferred = list(map(list, self._deferred.items())) if len(self._deferred) != before else None
+        numbers = self._numbers_of(segment.first, segment.last)
+        self._writer.put(Batch(segment.last, numbers, custom_ids, outcomes, deferred))
+
+    def _numbers_of(self, first: int, last: int) -> Any:
+        return self._numbers[first - 1 : last] if self._numbers else range(first, last + 1)
+
+    # --- trying again ---------------------------------------------------------------------------------------
+
+    def _deferral(self, line: int, tries: int, failure: Failure) -> Outcome:
+        """Note the line for another try, unless it had all of them or too many wait already."""
+        if tries >= TRIES_MAX:
+            return failure._replace(tries=tries)
+        if line not in self._deferred and len(self._deferred) >= DEFERRED_MAX:
+            text = f"{DEFERRED_MAX} items wait to be tried again, this one cannot: {failure.message}"
+            return Failure(TRANSIENT, shorten(text), tries)
+        self._deferred.pop(line, None)
+        self._deferred[line] = tries
+        return Deferral(tries)
+
+    def _try_deferred(self, fd: int) -> None:
+        """One by one: the page can name only neighbours, and a line named wrongly could be blamed."""
+        waited_for = 0
+        fetched: dict[int, bytes] = {}
+        while self._deferred and not self._stop.is_set():
+            line, tries = next(iter(self._deferred.items()))
+            if tries != waited_for:
+                waited_for = tries
+                if self._stop.wait(BACKOFF_FIRST_S * 2 ** (tries - 1)):
+                    return
+            if line not in fetched:
+                fetched = _fetch(fd, sorted(list(self._deferred)[:FETCH_LINES]))
+            self._try_again(line, tries, fetched.pop(line))
+
+    def _try_again(self, line: int, tries: int, text: bytes) -> None:
+        segment = Segment(line, [text], parse([text]))
+        custom_id = _custom_id(segment.items[0])
+        outcomes = self._outcomes(segment)
+        assert outcomes is not None  # a single item is never split
+        (outcome,) = outcomes
+        del self._deferred[line]
+        if isinstance(outcome, Failure):
+            if outcome.code == TRANSIENT:
+                outcome = self._deferral(line, tries + 1, outcome)
+            else:
+                outcome = outcome._replace(tries=max(outcome.tries, tries + 1))
+        deferred = list(map(list, self._deferred.items()))
+        self._writer.put(
+            Batch(self._terms.items, self._numbers_of(line, line), [custom_id], [outcome], deferred)
+        )
+
+    # --- the canary -----------------------------------------------------------------------------------------
+
+    def _run_canary(self, fd: int) -> None:
+        """Compute a line that has killed nobody, to see whether worker and device are well.
+
+        An exception of the item's own does not fail the canary at once, since nobody knows that the line is a good
+        one; of CANARIES_MAX lines one must pass. A job without such lines proves nothing, and passes.
+
+        Raises:
+            LeaseLost: it failed.
+        """
+        tried = 0
+        for line in range(self._terms.canary, self._terms.items + 1):
+            if self._terms.share(line, 2) == 1 and line != self._terms.canary:
+                continue  # a suspect
+            item = self._usable(_fetch(fd, [line])[line])
+            if item is None:
+                continue
+            verdict = self._caller.canary(item)
+            if verdict is None:
+                break
+            tried += 1
+            if verdict.kind in (OOM, POISONED) or tried >= CANARIES_MAX:
+                raise LeaseLost("canary", f"line {line}: {verdict.message}")
+        self._pipe.send("canary", attempt=self._terms.attempt)
+
+    def _usable(self, text: bytes) -> dict[str, Any] | None:
+        (item,) = parse([text])
+        if isinstance(item, Failure):
+            return None
+        try:
+            if self._desk.check is not None:
+                self._desk.check(item)
+        except BaseException as error:  # noqa: BLE001 - the handler's code: anything may come
+            refusal_of(error)
+            return None
+        return item
+
+
+def _custom_id(item: Any) -> Any:
+    """What the record repeats: a string or a number; None where there is none, or something else."""
+    custom_id = item.get("custom_id") if type(item) is dict else None
+    return custom_id if isinstance(custom_id, (str, int, float)) else None
+
+
+def _fetch(fd: int, lines: list[int]) -> dict[int, bytes]:
+    """Read these lines, sorted, in one pass. Raises: LeaseLost, OSError."""
+    found: dict[int, bytes] = {}
+    wanted = set(lines)
+    for first, texts in chunks(fd, lines[0] - 1, lines[-1]):
+        for line in wanted.intersection(range(first, first + len(texts))):
+            found[line] = texts[line - first]
+    return found

@@ -1,0 +1,44 @@
+"""Handlers that do next to nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+
+
+class Nothing:
+    """Costs as little as a handler can."""
+
+    def __init__(self, *, device):
+        pass
+
+    def __call__(self, batch):
+        return [{} for _ in batch]
+
+
+class Echo:
+    """Gives back what it got, plus the job's own parameters."""
+
+    def __init__(self, *, device, **params):
+        self.params = params
+
+    def __call__(self, batch, **job_params):
+        return [{"item": item, "params": self.params, "job_params": job_params} for item in batch]
+
+
+class Count:
+    """Deterministic output; writes every text it computes to a side file, one line each, and may be slow.
+
+    Mutates its items, as a careless handler may.
+    """
+
+    def __init__(self, *, device, side="", call_s=0.0):
+        self.side = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if side else None
+        self.call_s = call_s
+
+    def __call__(self, batch):
+        time.sleep(self.call_s)
+        if self.side is not None:
+            os.write(self.side, "".join(item["text"] + "\n" for item in batch).encode())
+        return [{"sha256": hashlib.sha256(item.pop("text").encode()).hexdigest()} for item in batch]
