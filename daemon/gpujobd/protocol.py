@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import os
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -30,6 +31,28 @@ PAGE_JOBS_MAX: Final = 500  # jobs in one Jobs reply
 IN_FLIGHT_MAX: Final = 64  # requests of one connection without their final reply
 
 HEAD: Final = struct.Struct("<I")
+
+SYSTEM_SOCKET: Final = "/run/gpujobd/control.sock"
+
+
+def own_socket() -> str:
+    """Where a daemon that runs as an ordinary user listens, and its user's client looks.
+
+    In the user's run-time folder where there is one, else beside the state. Relative paths in the environment are
+    ignored, as the XDG base directory specification asks.
+    """
+    for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}"):
+        if os.path.isabs(folder) and os.path.isdir(folder):
+            return os.path.join(folder, "gpujobd", "control.sock")
+    folder = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(folder):
+        folder = os.path.expanduser("~/.local/state")
+    return os.path.join(folder, "gpujobd", "control.sock")
+
+
+def socket_paths() -> list[str]:
+    """Where a client looks for a daemon, in this order: the user's own, then the system's."""
+    return [own_socket(), SYSTEM_SOCKET]
 
 
 class ErrorCode(enum.StrEnum):
@@ -432,6 +455,10 @@ class EventSeen(Reply, frozen=True, tag="event"):
     event: dict[str, object]  # {"event": "submitted", "at": ..., "job": 7, ...}
 
 
+class Alive(Reply, frozen=True, tag="alive"):
+    """Sent every 60 s on a stream that has nothing else to say."""
+
+
 class Gap(Reply, frozen=True, tag="gap"):
     """Events before `first_seq` are not kept any more; `List.changed_since` brings a client up to date."""
 
@@ -464,6 +491,7 @@ AnyReply = (
     | LogPiece
     | JobChanged
     | EventSeen
+    | Alive
     | Gap
     | HandlerList
     | TenantList

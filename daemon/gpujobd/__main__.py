@@ -1,0 +1,65 @@
+"""gpujobd: serve, check, fsck."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from gpujobd import __version__
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpujobd")
+def main() -> None:
+    """The daemon that owns the GPU of this host. Its client is jobctl."""
+    if not __debug__:
+        sys.exit(
+            "gpujobd: python -O removes the assertions that stop a daemon whose state is wrong; start it without"
+        )
+
+
+@main.command()
+@click.option("--config", "config_file", type=FILE, help="Configuration; handlers.d is beside it.")
+@click.option("--state-dir", type=FOLDER, help="Journal and spool.")
+@click.option("--socket", "socket_path", type=FILE, help="Control socket.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-v", "--verbose", is_flag=True, help="Log what is of use to developers too.")
+def serve(
+    config_file: Path | None, state_dir: Path | None, socket_path: Path | None, log_format: str, verbose: bool
+) -> None:
+    """Serve in the foreground until SIGTERM or Ctrl-C, which pause what runs; a second one does not wait.
+
+    Without options: the system's folders for root, the user's own ($XDG_STATE_HOME/gpujobd,
+    $XDG_RUNTIME_DIR/gpujobd/control.sock) for everybody else.
+    """
+    from gpujobd import daemon, report  # noqa: PLC0415  # `check` and `--help` need neither trio nor the journal
+
+    report.set_up(log_format, verbose=verbose)
+    options = daemon.Options(config=config_file, state_dir=state_dir, socket=socket_path)
+    sys.exit(daemon.serve(options))
+
+
+@main.command()
+@click.option("--config", "config_file", type=FILE, help="Configuration; handlers.d is beside it.")
+def check(config_file: Path | None) -> None:
+    """Check the configuration and the handlers' files. Exit status 0 if they are good, 78 if not."""
+    from gpujobd import config  # noqa: PLC0415
+
+    try:
+        found = config.load(config_file)
+    except config.ConfigError as error:
+        click.echo(f"gpujobd: {error}", err=True)
+        sys.exit(78)
+    where = config_file or config.default_config_path()
+    click.echo(f"{where if where.exists() else 'no configuration file, defaults'}: good")
+    for name, handler in sorted(found.handlers.items()):
+        click.echo(f"handler {name}: {handler.entry}, {config.interpreter(handler)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Who is at the other end of a connection, and what that person may do.
+
+Rule 1: identity is what the kernel says (SO_PEERCRED, SO_PEERGROUPS), never what a client says.
+Rule 2: names are looked up in a thread and cached: a directory server that hangs must not be felt on the loop.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import socket
+import struct
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+import trio
+
+from gpujobd.config import Config
+from gpujobd.core.inputs import Who
+
+SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; not in Python's socket module
+NAMES_KEPT_S: Final = 60.0
+
+
+class Peer(msgspec.Struct, frozen=True):
+    pid: int
+    uid: int
+    gids: tuple[int, ...]
+
+
+def peer(sock: trio.socket.SocketType | socket.socket) -> Peer:
+    """The process that called connect(), as it was then (unix(7))."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+    return Peer(pid, uid, (gid, *struct.unpack(f"{len(groups) // 4}i", groups)))
+
+
+class Directory:
+    """Names and rights of uids, cached for a minute."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._names: dict[int, str] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[float, Who]] = {}
+
+    def reload(self, config: Config) -> None:
+        self._config = config
+        self._known.clear()
+
+    async def who(self, peer: Peer) -> Who:
+        key = (peer.uid, peer.gids)
+        known = self._known.get(key)
+        if known is None or trio.current_time() - known[0] > NAMES_KEPT_S:
+            found = await trio.to_thread.run_sync(_look_up, self._config, peer, abandon_on_cancel=True)
+            self._names[peer.uid] = found.name
+            if len(self._known) >= 10_000:
+                self._known.clear()
+            self._known[key] = known = (trio.current_time(), found)
+        return known[1]
+
+    def name(self, uid: int) -> str:
+        """The user's name if it is known by now, else the uid in digits. Never blocks."""
+        return self._names.get(uid, str(uid))
+
+    async def learn(self, uids: Iterable[int]) -> None:
+        """Look up the names of uids that only the journal knows."""
+        missing = set(uids) - self._names.keys()
+        if missing:
+            self._names.update(await trio.to_thread.run_sync(_names_of, missing, abandon_on_cancel=True))
+
+
+def _names_of(uids: Iterable[int]) -> dict[int, str]:
+    return {uid: _user_name(uid) for uid in uids}
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _look_up(config: Config, peer: Peer) -> Who:
+    name = _user_name(peer.uid)
+    groups = {_group_name(gid) for gid in peer.gids}
+    access = config.file.access
+    admin = peer.uid in (0, os.geteuid()) or any(group.removeprefix("@") in groups for group in access.admins)
+    tenants = {t for t, section in config.file.tenants.items() if _named(section.members, name, groups)}
+    return Who(
+        uid=peer.uid,
+        name=name,
+        admin=admin,
+        observer=admin or _named(access.observers, name, groups),
+        tenants=frozenset({name} | tenants),
+    )
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def _named(members: Iterable[str], name: str, groups: set[str]) -> bool:
+    """Whether a list of users and "@groups" names this user."""
+    return any(m.removeprefix("@") in groups if m.startswith("@") else m == name for m in members)

@@ -1,0 +1,380 @@
+"""The daemon put together: recover, serve, stop.
+
+    recover:  configuration -> journal -> state -> socket -> devices -> Start -> READY
+    serve:    turns, writer, server, supervisor, outlooks, janitor, watchdog: one nursery, one fate
+    stop:     Stop -> leases yield -> workers end -> last snapshot -> seal
+
+Rule 1: nothing is answered before replay is done and what the last run left has been settled by `Start`.
+Rule 2: a bug or a dead journal ends the process; systemd starts it again and replay restores it. Nobody limps on.
+
+Exit status: 0 stopped as asked; 1 a bug, or another daemon holds the state; 75 the journal could not be written
+(a restart may help); 78 configuration or journal refused (a restart does not help).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from gpujobd import __version__, config, report
+from gpujobd.access import Directory
+from gpujobd.config import Config, ConfigError
+from gpujobd.core import inputs, snapshot
+from gpujobd.core.apply import apply
+from gpujobd.core.events import decode
+from gpujobd.core.model import Job, State
+from gpujobd.feed import Feed
+from gpujobd.janitor import Janitor
+from gpujobd.journal import Journal, JournalDead, Recovered, Writer
+from gpujobd.notify import Notifier
+from gpujobd.outlooks import Outlooks
+from gpujobd.server import Server
+from gpujobd.spool import Spool
+from gpujobd.submissions import Submissions
+from gpujobd.supervisor import Supervisor, find_devices
+from gpujobd.turns import Turns
+
+log = logging.getLogger("gpujobd")
+
+EX_TEMPFAIL: Final = 75
+EX_CONFIG: Final = 78
+BACKLOG: Final = 1024
+DESCRIPTORS: Final = 65_536
+LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
+SYNC_STUCK_S: Final = 20.0
+STATUS_S: Final = 1.0
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message says why."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """The command line of `gpujobd serve`."""
+
+    config: Path | None = None
+    state_dir: Path | None = None
+    socket: Path | None = None
+
+
+def replay(recovered: Recovered) -> State:
+    """The state after the last event on disk."""
+    state = snapshot.load(recovered.snapshot[1]) if recovered.snapshot else State()
+    for seq, record in recovered.records:
+        apply(state, decode(record), seq)
+    return state
+
+
+class Daemon:
+    """One run. Made by `serve`."""
+
+    def __init__(self, options: Options, cfg: Config, journal: Journal, recovered: Recovered) -> None:
+        self._options = options
+        self._config = cfg
+        self._notifier = Notifier()
+        self._journal = journal
+        head = replay(recovered)
+        state = snapshot.load(list(snapshot.chunks(head)))
+        self._writer = Writer(journal, lambda seq: self._turns.committed(seq))
+        self._turns = Turns(head, state, cfg.rules(), self._writer.add)
+        self._spool = Spool(state_dir(options) / "spool")
+        self._directory = Directory(cfg)
+        self._feed = Feed(journal, state.seq)
+        self._outlooks = Outlooks(self._turns)
+        self._janitor = Janitor(self._turns, journal, self._spool, cfg)
+        self._supervisor = Supervisor(
+            cfg,
+            state=lambda: self._turns.state,
+            report=self._turns.put,
+            prepare=self._prepare,
+            on_log=lambda job_id: self._server.log_grew(job_id),
+        )
+        self._boot_id = uuid.uuid4().hex
+        submissions = Submissions(self._turns, self._spool, self._outlooks, self._prepare)
+        self._server = Server(
+            self._turns,
+            cfg,
+            self._directory,
+            self._feed,
+            self._outlooks,
+            self._spool,
+            submissions,
+            self._boot_id,
+        )
+        self._turns.followers += [
+            self._feed.follow,
+            self._server.follow,
+            self._janitor.follow,
+            lambda facts: report.facts(self._turns.state, facts),
+            lambda _: self._supervisor.poke(),
+        ]
+
+    async def _prepare(self, job: Job) -> Path:
+        await self._janitor.prepare(job)
+        return self._spool.path(job.job_id)
+
+    async def run(self) -> None:
+        """Serve until a signal says stop. Raises: JournalDead, StartError."""
+        await trio.to_thread.run_sync(self._sweep)
+        devices = await find_devices(self._config)
+        async with self._listener() as listener, trio.open_nursery() as nursery:
+            nursery.start_soon(self._writer.run)
+            nursery.start_soon(self._turns.run)
+            nursery.start_soon(self._directory.learn, {job.owner for job in self._turns.state.jobs.values()})
+            await self._turns.asked(inputs.Start(boot_id=self._boot_id, version=__version__, devices=devices))
+            nursery.start_soon(self._supervise)
+            nursery.start_soon(self._outlooks.run)
+            nursery.start_soon(self._janitor.run)
+            nursery.start_soon(self._watchdog)
+            nursery.start_soon(self._server.run, listener)
+            self._notifier.send(READY=1, STATUS=self._status())
+            log.info("ready: %d jobs, devices %s", len(self._turns.state.jobs), ", ".join(devices))
+            await self._obey_signals()
+            nursery.cancel_scope.cancel()
+
+    def _sweep(self) -> None:
+        """Delete files that a crash left without an owner."""
+        state = self._turns.state
+        held = {job.reservation_id for job in state.jobs.values() if job.reservation_id}
+        swept = self._spool.sweep(state.jobs.keys(), held)
+        if swept:
+            log.info("deleted %d files and folders that no job owns", swept)
+
+    async def _supervise(self) -> None:
+        await self._supervisor.run()
+
+    # --- signals ------------------------------------------------------------------------------------------------
+
+    async def _obey_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as nursery:
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        await self._reload()
+                    elif not self._turns.head.stopping:
+                        log.info("%s: asking what runs to pause", signal.Signals(number).name)
+                        nursery.start_soon(self._stop, nursery.cancel_scope)
+                    else:
+                        log.info("%s again: not waiting any longer", signal.Signals(number).name)
+                        self._supervisor.hurry()
+
+    async def _reload(self) -> None:
+        self._notifier.send(RELOADING=1, MONOTONIC_USEC=int(trio.current_time() * 1e6))
+        try:
+            fresh = await trio.to_thread.run_sync(config.load, self._options.config)
+        except ConfigError as error:
+            log.error("the configuration stays as it was: %s", error)  # noqa: TRY400  # no stack: it is no bug
+        else:
+            self._config = fresh
+            low = self._turns.rules.disk_low
+            self._turns.rules = msgspec.structs.replace(fresh.rules(), disk_low=low)
+            for part in (self._directory, self._server, self._janitor, self._supervisor):
+                part.reload(fresh)
+            log.info("configuration reloaded: %d handlers", len(fresh.handlers))
+        self._notifier.send(READY=1, STATUS=self._status())
+
+    async def _stop(self, done: trio.CancelScope) -> None:
+        """Pause at a batch boundary, then end."""
+        self._notifier.send(STOPPING=1)
+        await self._turns.asked(inputs.Stop())
+        grace_s = self._config.file.worker.pause_grace_s
+        with trio.move_on_after(grace_s) as grace:
+            while any(device.lease for device in self._turns.state.devices.values()):
+                self._notifier.send(EXTEND_TIMEOUT_USEC=10_000_000, STATUS=self._status())
+                await trio.sleep(0.05)
+        if grace.cancelled_caught:
+            log.warning(
+                "a batch did not end within %.0f s: its worker is killed, the job resumes at its checkpoint",
+                grace_s,
+            )
+        done.cancel()
+
+    async def settle(self) -> None:
+        """After a clean end: a snapshot, so that the next start replays nothing, and the seal."""
+        await trio.to_thread.run_sync(self._settle)
+
+    def _settle(self) -> None:
+        state = self._turns.state
+        self._journal.write_snapshot(state.seq, snapshot.chunks(state))
+        self._journal.seal()
+
+    # --- a dead journal -----------------------------------------------------------------------------------------
+
+    def die(self, reason: JournalDead) -> None:
+        self._turns.die(reason)
+
+    # --- systemd ------------------------------------------------------------------------------------------------
+
+    async def _watchdog(self) -> None:
+        period = self._notifier.watchdog_s / 3 or STATUS_S
+        while True:
+            if self._healthy():
+                self._notifier.send(WATCHDOG=1, STATUS=self._status())
+            await trio.sleep(min(period, STATUS_S))
+
+    def _healthy(self) -> bool:
+        """Whether the loop turned, no sync is stuck, and every worker was looked at in time."""
+        now = trio.current_time()
+        sync = self._writer.sync_started_at
+        return (
+            now - self._turns.turned_at < SYNC_STUCK_S
+            and (sync is None or now - sync < SYNC_STUCK_S)
+            and now - self._supervisor.looked_at() < SYNC_STUCK_S
+        )
+
+    def _status(self) -> str:
+        state = self._turns.state
+        running = [_progress(state, device.lease.job_id) for device in state.devices.values() if device.lease]
+        return f"{', '.join(running) or 'idle'}; {state.queued_jobs} queued" + (
+            "; stopping" if state.stopping else ""
+        )
+
+    @contextlib.asynccontextmanager
+    async def _listener(self) -> AsyncIterator[trio.socket.SocketType]:
+        inherited = _inherited_socket()
+        path = None if inherited else socket_path(self._options)
+        sock = inherited or _bind(path)
+        try:
+            yield trio.socket.from_stdlib_socket(sock)
+        finally:
+            sock.close()
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _progress(state: State, job_id: int) -> str:
+    job = state.jobs[job_id]
+    tried = job.checkpoint.done + job.checkpoint.failed
+    return f"job {job_id} of {job.tenant} on {job.device}: {tried}/{job.items}"
+
+
+def state_dir(options: Options) -> Path:
+    return (options.state_dir or config.default_state_dir()).absolute()
+
+
+def socket_path(options: Options) -> Path:
+    from gpujobd.protocol import socket_paths  # noqa: PLC0415
+
+    if options.socket is not None:
+        return options.socket.absolute()
+    return Path("/run/gpujobd/control.sock") if config.is_service() else Path(socket_paths()[0])
+
+
+def _inherited_socket() -> socket.socket | None:
+    """The listening socket that systemd made (sd_listen_fds(3))."""
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        return None
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if count != 1:
+        raise StartError(f"systemd passed {count} sockets, the unit should name one", EX_CONFIG)
+    sock = socket.socket(fileno=3)
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    return sock
+
+
+def _bind(path: Path) -> socket.socket:
+    """Listen at `path`, replacing what a dead daemon left there.
+
+    Raises:
+        StartError: a daemon answers there, or it is no socket.
+    """
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise StartError(f"{path} is there and is no socket", EX_CONFIG)
+        if _answers(path):
+            raise StartError(f"another daemon answers at {path}")
+        path.unlink()
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}", EX_CONFIG) from None
+    path.chmod(0o666)  # who may do what is decided by uid, verb by verb
+    sock.listen(BACKLOG)
+    return sock
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError, TimeoutError):
+            return False
+        return True
+
+
+def _limit_ourselves() -> None:
+    os.umask(0o077)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(options: Options) -> int:
+    """Run the daemon in the foreground; returns the exit status."""
+    _limit_ourselves()
+    try:
+        cfg = config.load(options.config)
+        folder = state_dir(options)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        journal = Journal(folder / "journal")
+        return _serve(options, cfg, journal)
+    except ConfigError as error:
+        log.critical("%s", error)
+        return EX_CONFIG
+    except StartError as error:
+        log.critical("%s", error)
+        return error.status
+    except OSError as error:
+        log.critical("%s: %s", error.filename, error.strerror)
+        return EX_CONFIG
+
+
+def _serve(options: Options, cfg: Config, journal: Journal) -> int:
+    from gpujobd.journal import JournalError, JournalLocked  # noqa: PLC0415
+
+    try:
+        recovered = journal.open()
+        daemon = Daemon(options, cfg, journal, recovered)
+    except JournalLocked as error:
+        raise StartError(str(error)) from None
+    except JournalError as error:
+        log.critical("%s", error)
+        return EX_CONFIG
+    try:
+        trio.run(_run, daemon)
+    except* JournalDead as dead:
+        log.critical(
+            "the journal is dead, nothing of what was in flight was accepted: %s", dead.exceptions[0]
+        )
+        return EX_TEMPFAIL
+    finally:
+        journal.close()
+    return 0
+
+
+async def _run(daemon: Daemon) -> None:
+    await daemon.run()
+    await daemon.settle()

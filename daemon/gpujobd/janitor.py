@@ -1,0 +1,166 @@
+"""What is done beside the turns: snapshots, old inputs out of the journal, retention, files nobody owns, the disk.
+
+Rule 1: all of it may be late, none of it may be wrong: a file goes only after the event that says so is on disk.
+Rule 2: whatever blocks runs in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Final
+
+import trio
+from msgspec.structs import replace
+
+from gpujobd.config import Config
+from gpujobd.core import inputs, snapshot
+from gpujobd.core.events import AnyEvent, Removed, ReservationReleased, Submitted, decode
+from gpujobd.core.model import Job
+from gpujobd.journal import Journal
+from gpujobd.spool import Spool
+from gpujobd.turns import Turns
+
+log = logging.getLogger("gpujobd.janitor")
+
+LOOK_S: Final = 5.0
+RETAIN_S: Final = 60.0
+SNAPSHOT_EVENTS: Final = 200_000  # replayed at start-up at most: about a second
+SNAPSHOT_BYTES: Final = 64 << 20
+SPILL_BATCH: Final = 64
+LEASE_ROOM_BYTES: Final = 16 << 20  # under this much free space running work stops too
+
+
+class Janitor:
+    """Keeps journal, spool and disk in bounds."""
+
+    def __init__(self, turns: Turns, journal: Journal, spool: Spool, config: Config) -> None:
+        self._turns = turns
+        self._journal = journal
+        self._spool = spool
+        self._config = config
+        self._snapshot_seq = turns.state.seq
+        self._chores: deque[AnyEvent] = deque()  # events that left something to do with files
+        self._more = trio.Event()
+        self._adopting = trio.CapacityLimiter(1)
+
+    def reload(self, config: Config) -> None:
+        self._config = config
+
+    def follow(self, facts: list[tuple[int, AnyEvent]]) -> None:
+        """Note which files have lost, or changed, their owner."""
+        for _, event in facts:
+            match event:
+                case Removed() | ReservationReleased():
+                    self._chores.append(event)
+                case Submitted() if event.reservation_id:
+                    self._chores.append(event)
+        if self._chores:
+            self._more.set()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._do_chores)
+            nursery.start_soon(self._retain)
+            nursery.start_soon(self._look)
+
+    async def prepare(self, job: Job) -> None:
+        """Make the job's directory with its input in it, synced.
+
+        Raises:
+            FileNotFoundError, OSError: it cannot be made.
+        """
+        inline_seq, reservation_id = job.inline_seq, job.reservation_id
+
+        def make() -> None:
+            def read() -> bytes:
+                return inline_input(self._journal, inline_seq)
+
+            self._spool.prepare(job.job_id, reservation_id, read if inline_seq else None)
+
+        await trio.to_thread.run_sync(make, limiter=self._adopting)
+        if inline_seq:
+            self._turns.put(inputs.Spooled(job_ids=(job.job_id,)))
+
+    async def _do_chores(self) -> None:
+        while True:
+            if not self._chores:
+                self._more = trio.Event()
+                await self._more.wait()
+            event = self._chores.popleft()
+            try:
+                await self._do(event)
+            except OSError as error:
+                log.warning("files after %s: %s", type(event).__name__, error)
+
+    async def _do(self, event: AnyEvent) -> None:
+        match event:
+            case Submitted():
+                job = self._turns.state.jobs.get(event.job_id)
+                if job is not None:
+                    await self.prepare(job)
+            case Removed():
+                await trio.to_thread.run_sync(self._spool.remove, event.job_id)
+            case ReservationReleased():
+                await trio.to_thread.run_sync(self._spool.discard_incoming, event.reservation_id)
+
+    async def _retain(self) -> None:
+        while True:
+            self._turns.put(inputs.Retain())
+            await trio.sleep(RETAIN_S)
+
+    async def _look(self) -> None:
+        while True:
+            await self._look_at_disk()
+            if self._snapshot_is_due():
+                await self.snapshot()
+            await trio.sleep(LOOK_S)
+
+    async def _look_at_disk(self) -> None:
+        free = await trio.to_thread.run_sync(self._spool.free_bytes)
+        low = free < self._config.file.limits.disk_free_bytes_min
+        if low != self._turns.rules.disk_low:
+            self._turns.rules = replace(self._turns.rules, disk_low=low)
+            log.warning("disk space is %s: %d bytes free", "low" if low else "enough again", free)
+        self._turns.put(inputs.DiskSpace(full=free < LEASE_ROOM_BYTES, detail=f"{free} bytes free"))
+
+    def _snapshot_is_due(self) -> bool:
+        since = self._turns.state.seq - self._snapshot_seq
+        return since >= SNAPSHOT_EVENTS or (
+            since > 0 and self._journal.bytes_since(self._snapshot_seq) >= SNAPSHOT_BYTES
+        )
+
+    async def snapshot(self) -> None:
+        """Write the state, then drop what nobody needs any more."""
+        seq = self._turns.state.seq
+        chunks = snapshot.chunks(self._turns.state)
+        try:
+            await trio.to_thread.run_sync(self._journal.write_snapshot, seq, chunks)
+        except OSError as error:
+            log.warning(
+                "no snapshot was written, the journal keeps growing: %s", error
+            )  # nothing is lost by it
+            return
+        self._snapshot_seq = seq
+        await self._spill()
+        await self._drop()
+
+    async def _spill(self) -> None:
+        """Bring inputs of waiting jobs into the spool where their segments stand beyond the history that is kept."""
+        floor = self._journal.floor(self._config.file.limits.events_bytes_max)
+        for job in [j for j in self._turns.state.jobs.values() if 0 < j.inline_seq < floor]:
+            await self.prepare(job)
+
+    async def _drop(self) -> None:
+        held = min((j.inline_seq for j in self._turns.state.jobs.values() if j.inline_seq), default=1 << 62)
+        history = self._config.file.limits.events_bytes_max
+        dropped = await trio.to_thread.run_sync(self._journal.drop_segments, held, history)
+        if dropped:
+            log.info("dropped %d old journal segments", dropped)
+
+
+def inline_input(journal: Journal, seq: int) -> bytes:
+    """The input that rode in the journal. Raises: KeyError where it is not kept, which is a bug."""
+    event = decode(journal.read(seq))
+    assert isinstance(event, Submitted), (seq, event)
+    return event.input

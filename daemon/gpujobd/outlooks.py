@@ -1,0 +1,72 @@
+"""The forecast, kept for a second: computed in short steps, only while somebody asks.
+
+Rule 1: no reader waits for a forecast but the status table, which shows nothing else; the others get the latest.
+Rule 2: forecasting takes at most a twentieth of the loop's time, however long the queue is.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import trio
+
+from gpujobd.core.forecast import Outlook, forecast
+from gpujobd.turns import Turns
+
+KEPT_S: Final = 1.0
+SHARE_MAX: Final = 0.05  # of the loop's time
+WAIT_MAX_S: Final = 0.5  # what the status table may wait
+
+
+class Outlooks:
+    """Latest outlook of every job that waits or runs."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._outlooks: dict[int, Outlook] = {}
+        self._computed_at = -KEPT_S
+        self._cost_s = 0.0
+        self._wanted = trio.Event()
+        self._done = trio.Event()
+
+    def of(self, job_id: int) -> Outlook | None:
+        self._wanted.set()
+        return self._outlooks.get(job_id)
+
+    def rank(self, job_id: int) -> int:
+        """For sorting: position in the line, unknown ones last."""
+        outlook = self._outlooks.get(job_id)
+        return outlook.position if outlook else 1 << 60
+
+    async def fresh(self) -> None:
+        """Wait for a forecast of the state as it is now, if it comes soon."""
+        with trio.move_on_after(WAIT_MAX_S):
+            while trio.current_time() - self._computed_at > KEPT_S:
+                self._wanted.set()
+                await self._done.wait()
+
+    async def run(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            await self._compute()
+            await trio.sleep(max(KEPT_S, self._cost_s / SHARE_MAX))
+
+    async def _compute(self) -> None:
+        started = trio.current_time()
+        cost = 0.0
+        steps = forecast(self._turns.state, self._turns.rules, time.time_ns())
+        while True:
+            step_at = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration as end:
+                self._outlooks = end.value
+                break
+            finally:
+                cost += time.perf_counter() - step_at
+            await trio.lowlevel.checkpoint()
+        self._cost_s, self._computed_at = cost, started
+        self._done.set()
+        self._done = trio.Event()

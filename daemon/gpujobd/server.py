@@ -1,0 +1,502 @@
+"""The control socket: who may come in, and what is done for each request.
+
+Rule 1: a place is taken before accept(), so that the descriptors of clients can never use up the daemon's.
+Rule 2: one row a verb in `Server._verbs`; wishes go to `Turns`, reads are answered from `state` at once.
+Rule 3: what a caller may not see does not exist for him: a foreign job and a missing one get the same answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
+
+import trio
+
+from gpujobd import __version__, protocol, views
+from gpujobd.access import Directory, Peer, peer
+from gpujobd.config import Config
+from gpujobd.connection import PING_S, Connection
+from gpujobd.core import inputs, model
+from gpujobd.core.decide import Refused
+from gpujobd.core.events import AnyEvent
+from gpujobd.core.inputs import AnyInput, Who
+from gpujobd.core.model import FINAL, JobState, State
+from gpujobd.core.rights import allowed
+from gpujobd.feed import Feed
+from gpujobd.journal import JournalDead
+from gpujobd.outlooks import Outlooks
+from gpujobd.protocol import AnyRequest, ErrorCode
+from gpujobd.spool import Spool
+from gpujobd.submissions import Submissions
+from gpujobd.turns import Outcome, Turns
+
+log = logging.getLogger("gpujobd.server")
+
+CONNECTIONS_MAX: Final = 512
+CONNECTIONS_RESERVED: Final = 16  # the last ones are for administrators
+CONNECTIONS_PER_UID_MAX: Final = 128
+LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
+LOG_READ_BYTES: Final = 64 << 10
+
+Verb = Callable[[Connection, Any], Awaitable[None] | None]
+
+
+class Server:
+    """Answers requests. `turns` carries wishes; `feed`, `outlooks`, `spool` and `submissions` serve the rest."""
+
+    def __init__(
+        self,
+        turns: Turns,
+        config: Config,
+        directory: Directory,
+        feed: Feed,
+        outlooks: Outlooks,
+        spool: Spool,
+        submissions: Submissions,
+        boot_id: str,
+    ) -> None:
+        self._turns = turns
+        self._config = config
+        self._directory = directory
+        self._feed = feed
+        self._outlooks = outlooks
+        self._spool = spool
+        self._submissions = submissions
+        self._boot_id = boot_id
+        self._uids: Counter[int] = Counter()
+        self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
+        self._verbs: dict[type, Verb] = {
+            protocol.Ping: self._ping,
+            protocol.Status: self._status,
+            protocol.Submit: self._submit,
+            protocol.Chunk: self._chunk,
+            protocol.Retry: self._retry,
+            protocol.List: self._list,
+            protocol.Show: self._show,
+            protocol.Last: self._last,
+            protocol.Wait: self._wait,
+            protocol.Watch: self._watch,
+            protocol.Output: self._output,
+            protocol.Log: self._log,
+            protocol.Events: self._events,
+            protocol.Cancel: self._wish,
+            protocol.Pause: self._wish,
+            protocol.Resume: self._wish,
+            protocol.SetPriority: self._wish,
+            protocol.First: self._wish,
+            protocol.Remove: self._wish,
+            protocol.Queue: self._wish,
+            protocol.Handlers: self._handlers,
+            protocol.Tenants: self._tenants,
+            protocol.Devices: self._devices,
+        }
+
+    @property
+    def _state(self) -> State:
+        return self._turns.state
+
+    def reload(self, config: Config) -> None:
+        self._config = config
+
+    # --- connections --------------------------------------------------------------------------------------------
+
+    async def run(self, listener: trio.socket.SocketType) -> None:
+        """Accept and serve until cancelled."""
+        places = trio.Semaphore(CONNECTIONS_MAX)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await places.acquire()
+                try:
+                    sock, _ = await listener.accept()
+                except OSError as error:  # the peer hung up in the queue, or the host is out of descriptors
+                    places.release()
+                    log.warning("accept: %s", error)
+                    await trio.sleep(0.1)
+                    continue
+                nursery.start_soon(self._serve, sock, places)
+
+    async def _serve(self, sock: trio.socket.SocketType, places: trio.Semaphore) -> None:
+        uid = -1
+        try:
+            found = peer(sock)
+            who = await self._directory.who(found)
+            uid = found.uid
+            self._uids[uid] += 1
+            connection = Connection(sock, found, who, self._dispatch)
+            refusal = self._turned_away(found, who, places)
+            await connection.run(lambda hello: refusal or self._welcome(hello, found))
+        except OSError as error:
+            log.info("a connection ended before it began: %s", error)
+        finally:
+            if uid >= 0:
+                self._uids[uid] -= 1
+                if not self._uids[uid]:
+                    del self._uids[uid]
+            sock.close()
+            places.release()
+
+    def _turned_away(self, found: Peer, who: Who, places: trio.Semaphore) -> protocol.Error | None:
+        if who.admin:
+            return None
+        used = CONNECTIONS_MAX - places.value
+        for current, limit, whose in (
+            (self._uids[found.uid], CONNECTIONS_PER_UID_MAX, "your"),
+            (used, CONNECTIONS_MAX - CONNECTIONS_RESERVED, "all"),
+        ):
+            if current > limit:
+                return protocol.Error(
+                    id=0,
+                    code=ErrorCode.TOO_MANY_CONNECTIONS,
+                    message=f"{limit} of {limit} of {whose} connections are in use",
+                    limit=limit,
+                    current=limit,
+                )
+        return None
+
+    def _welcome(self, hello: protocol.Hello, found: Peer) -> protocol.Welcome | protocol.Error:
+        if protocol.VERSION not in hello.versions:
+            message = (
+                f"protocol versions {hello.versions} were offered, this daemon speaks {protocol.VERSION}"
+            )
+            return protocol.Error(id=0, code=ErrorCode.BAD_REQUEST, message=message)
+        return protocol.Welcome(protocol.VERSION, f"gpujobd {__version__}", self._boot_id, found.uid)
+
+    def _dispatch(self, connection: Connection, request: AnyRequest) -> Awaitable[None] | None:
+        return self._verbs[type(request)](connection, request)
+
+    # --- wishes -------------------------------------------------------------------------------------------------
+
+    def _wish(self, c: Connection, request: Any) -> None:
+        try:
+            given = _input_of(request, c.who)
+        except ValueError as error:
+            c.fail(request.id, ErrorCode.BAD_REQUEST, str(error))
+            return
+
+        def answer(outcome: Outcome) -> None:
+            if isinstance(outcome, Exception):
+                fail(c, request.id, outcome)
+            else:
+                c.finish(protocol.Done(id=request.id))
+
+        self._turns.ask(given, answer)
+
+    def _submit(self, c: Connection, request: protocol.Submit) -> Awaitable[None] | None:
+        return self._submissions.submit(c, request)
+
+    def _chunk(self, c: Connection, request: protocol.Chunk) -> Awaitable[None]:
+        return self._submissions.chunk(c, request)
+
+    def _retry(self, c: Connection, request: protocol.Retry) -> None:
+        job = self._visible("retry", c, request.id, request.job)
+        if job is not None:
+            self._task(c, self._submissions.retry, request, job)
+
+    def _task(self, c: Connection, run: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Answer in a task of the connection, so that its other requests go on."""
+        assert c.nursery is not None
+        c.nursery.start_soon(run, c, *args)
+
+    # --- reads --------------------------------------------------------------------------------------------------
+
+    def _visible(self, verb: str, c: Connection, request_id: int, job_id: int) -> model.Job | None:
+        """The job, if the caller may do that with it; else he is told that there is none."""
+        job = self._state.jobs.get(job_id)
+        if job is not None and allowed(verb, c.who, job):
+            return job
+        c.fail(request_id, ErrorCode.NO_SUCH_JOB, f"there is no job {job_id}")
+        return None
+
+    def _view(self, job: model.Job) -> protocol.Job:
+        outlook = self._outlooks.of(job.job_id)
+        return views.job(self._state, self._config, job, time.time_ns(), self._directory.name, outlook)
+
+    def _ping(self, c: Connection, request: protocol.Ping) -> None:
+        c.finish(protocol.Pong(id=request.id, program=f"gpujobd {__version__}", seq=self._state.seq))
+
+    def _show(self, c: Connection, request: protocol.Show) -> None:
+        job = self._visible("show", c, request.id, request.job)
+        if job is not None:
+            c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
+
+    def _last(self, c: Connection, request: protocol.Last) -> None:
+        for job in reversed(self._state.jobs.values()):
+            if job.owner == c.who.uid:
+                c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
+                return
+        c.fail(request.id, ErrorCode.NO_SUCH_JOB, "you have submitted no job yet")
+
+    def _list(self, c: Connection, request: protocol.List) -> None:
+        self._task(c, self._list_page, request)
+
+    async def _list_page(self, c: Connection, request: protocol.List) -> None:
+        limit = max(1, min(request.limit, protocol.PAGE_JOBS_MAX))
+        ids = list(self._state.jobs)
+        if request.newest:
+            ids.reverse()
+        page: list[protocol.Job] = []
+        onward = 0
+        for looked, job_id in enumerate(ids, 1):
+            if looked % LOOK_EVERY_JOBS == 0:
+                await trio.lowlevel.checkpoint()
+            if request.after and (job_id >= request.after if request.newest else job_id <= request.after):
+                continue
+            job = self._state.jobs.get(job_id)
+            if job is None or not _wanted(job, request, c.who):
+                continue
+            if len(page) == limit:
+                onward = page[-1].id
+                break
+            page.append(self._view(job))
+        c.finish(protocol.Jobs(id=request.id, jobs=page, seq=self._state.seq, next=onward))
+
+    def _status(self, c: Connection, request: protocol.Status) -> None:
+        self._task(c, self._status_table, request)
+
+    async def _status_table(self, c: Connection, request: protocol.Status) -> None:
+        await self._outlooks.fresh()
+        state = self._state
+
+        def sees(job: model.Job) -> bool:
+            return allowed("show", c.who, job)
+
+        running = [state.jobs[d.lease.job_id] for d in state.devices.values() if d.lease is not None]
+        waiting, unseen, paused = [], 0, 0
+        for looked, job in enumerate(list(state.jobs.values())):
+            if looked % LOOK_EVERY_JOBS == 0:
+                await trio.lowlevel.checkpoint()
+            if job.state is JobState.QUEUED:
+                unseen += 1
+                if sees(job):
+                    waiting.append(job)
+            elif job.state is JobState.PAUSED and sees(job):
+                paused += 1
+        waiting.sort(key=lambda job: self._outlooks.rank(job.job_id))
+        c.finish(
+            protocol.StatusTable(
+                id=request.id,
+                switches=views.switches(state),
+                devices=[views.device(d, sees, state) for d in state.devices.values()],
+                running=[self._view(job) for job in running if sees(job)],
+                waiting=[self._view(job) for job in waiting[: protocol.PAGE_JOBS_MAX]],
+                paused=paused,
+                queued_in_all=unseen,
+            )
+        )
+
+    def _output(self, c: Connection, request: protocol.Output) -> None:
+        job = self._visible("output", c, request.id, request.job)
+        if job is not None:
+            self._task(c, self._hand_out, request, job)
+
+    async def _hand_out(self, c: Connection, request: protocol.Output, job: model.Job) -> None:
+        counted = job.checkpoint.errors_bytes if request.errors else job.checkpoint.results_bytes
+        fd = await trio.to_thread.run_sync(lambda: self._spool.open_output(job.job_id, errors=request.errors))
+        c.finish(protocol.File(id=request.id, bytes=counted), fd)
+
+    def _handlers(self, c: Connection, request: protocol.Handlers) -> None:
+        c.finish(protocol.HandlerList(id=request.id, handlers=views.handlers(self._state, self._config)))
+
+    def _tenants(self, c: Connection, request: protocol.Tenants) -> None:
+        def wanted(name: str) -> bool:
+            return c.who.admin or name in c.who.tenants
+
+        c.finish(protocol.TenantList(id=request.id, tenants=views.tenants(self._state, self._config, wanted)))
+
+    def _devices(self, c: Connection, request: protocol.Devices) -> None:
+        def sees(job: model.Job) -> bool:
+            return allowed("show", c.who, job)
+
+        found = [views.device(d, sees, self._state) for d in self._state.devices.values()]
+        c.finish(protocol.DeviceList(id=request.id, devices=found))
+
+    # --- streams ------------------------------------------------------------------------------------------------
+
+    def follow(self, facts: list[tuple[int, AnyEvent]]) -> None:
+        """Wake those who wait for a job that changed."""
+        for _, event in facts:
+            job_id = getattr(event, "job_id", 0)
+            if job_id in self._watchers:
+                for waiter in self._watchers.pop(job_id):
+                    waiter.set()
+
+    def log_grew(self, job_id: int) -> None:
+        for waiter in self._watchers.pop(-job_id, ()):
+            waiter.set()
+
+    @contextlib.contextmanager
+    def _watching(self, *keys: int) -> Iterator[trio.Event]:
+        """An event that is set at the next change of one of the jobs (or, by -id, logs)."""
+        event = trio.Event()
+        for key in keys:
+            self._watchers.setdefault(key, set()).add(event)
+        try:
+            yield event
+        finally:
+            for key in keys:
+                waiters = self._watchers.get(key)
+                if waiters is not None:
+                    waiters.discard(event)
+                    if not waiters:
+                        del self._watchers[key]
+
+    def _wait(self, c: Connection, request: protocol.Wait) -> None:
+        jobs = [self._visible("wait", c, request.id, job_id) for job_id in request.jobs[:1]]
+        for job_id in request.jobs[1:]:
+            if jobs and jobs[-1] is None:
+                return
+            jobs.append(self._visible("wait", c, request.id, job_id))
+        found = [job for job in jobs if job is not None]
+        if len(found) == len(request.jobs):
+            self._task(c, self._wait_final, request)
+
+    async def _wait_final(self, c: Connection, request: protocol.Wait) -> None:
+        while open_jobs := [
+            i for i in request.jobs if (j := self._state.jobs.get(i)) and j.state not in FINAL
+        ]:
+            with self._watching(*open_jobs) as changed:
+                await _or_alive(c, request.id, changed)
+        left = [job for i in request.jobs if (job := self._state.jobs.get(i))]
+        c.finish(protocol.Jobs(id=request.id, jobs=[self._view(job) for job in left], seq=self._state.seq))
+
+    def _watch(self, c: Connection, request: protocol.Watch) -> None:
+        job = self._visible("watch", c, request.id, request.job)
+        if job is not None:
+            self._task(c, self._watch_job, request)
+
+    async def _watch_job(self, c: Connection, request: protocol.Watch) -> None:
+        while (job := self._state.jobs.get(request.job)) is not None:
+            with self._watching(request.job) as changed:
+                c.send(protocol.JobChanged(id=request.id, job=self._view(job)))
+                if job.state in FINAL:
+                    break
+                await c.room()
+                await _or_alive(c, request.id, changed)
+        c.finish(protocol.Done(id=request.id))
+
+    def _log(self, c: Connection, request: protocol.Log) -> None:
+        job = self._visible("log", c, request.id, request.job)
+        if job is not None:
+            self._task(c, self._read_log, request)
+
+    async def _read_log(self, c: Connection, request: protocol.Log) -> None:
+        offset = 0
+        while True:
+            job = self._state.jobs.get(request.job)
+            last = job is None or job.state in FINAL or not request.follow
+            with self._watching(request.job, -request.job) as grown:
+                piece = await trio.to_thread.run_sync(
+                    self._spool.read_log, request.job, offset, LOG_READ_BYTES
+                )
+                if piece:
+                    offset += len(piece)
+                    c.send(protocol.LogPiece(id=request.id, data=piece))
+                    await c.room()
+                elif last:
+                    break
+                else:
+                    await _or_alive(c, request.id, grown)
+        c.finish(protocol.Done(id=request.id))
+
+    def _events(self, c: Connection, request: protocol.Events) -> None:
+        if request.job and self._visible("events", c, request.id, request.job) is None:
+            return
+        self._task(c, self._stream, request)
+
+    async def _stream(self, c: Connection, request: protocol.Events) -> None:
+        cursor = request.since - 1 if request.since else self._feed.seq
+        if cursor + 1 < self._feed.first_seq:
+            c.send(protocol.Gap(id=request.id, first_seq=self._feed.first_seq))
+            cursor = self._feed.first_seq - 1
+        end = self._feed.seq
+        while request.follow or cursor < end:
+            for seq, event in await self._feed.after(cursor):
+                cursor = seq
+                if self._sees_event(c.who, event, request.job):
+                    c.send(protocol.EventSeen(id=request.id, seq=seq, event=views.event(event)))
+            await c.room()
+            if not request.follow:
+                await trio.lowlevel.checkpoint()
+                continue
+            await _or_alive(c, request.id, self._feed.grown(cursor))
+        c.finish(protocol.Done(id=request.id))
+
+    def _sees_event(self, who: Who, event: AnyEvent, only_job: int) -> bool:
+        job_id = getattr(event, "job_id", 0)
+        if only_job and job_id != only_job:
+            return False
+        if who.admin or who.observer:
+            return True
+        job = self._state.jobs.get(job_id) if job_id else None
+        return job is not None and allowed("events", who, job)
+
+
+async def _or_alive(c: Connection, request_id: int, event: trio.Event) -> None:
+    """Wait for the event; every PING_S without it, show the peer that the stream lives."""
+    while not event.is_set():
+        with trio.move_on_after(PING_S) as waited:
+            await event.wait()
+        if waited.cancelled_caught:
+            c.send(protocol.Alive(id=request_id))
+
+
+def fail(c: Connection, request_id: int, error: Exception) -> None:
+    """Answer with what went wrong."""
+    match error:
+        case Refused():
+            figures = {k: v for k, v in (("limit", error.limit), ("current", error.current)) if v is not None}
+            c.fail(request_id, error.code, error.message, **figures)
+        case JournalDead():
+            c.fail(
+                request_id, ErrorCode.NOT_ACCEPTED, "the journal cannot be written: nothing of this was kept"
+            )
+        case _:
+            raise error
+
+
+def _wanted(job: model.Job, request: protocol.List, who: Who) -> bool:
+    """Whether a list shows the job: the caller's filters, then his rights."""
+    if request.states and job.state not in request.states:
+        return False
+    if request.tenant and job.tenant != request.tenant:
+        return False
+    if request.handler and job.handler != request.handler:
+        return False
+    if request.mine and job.owner != who.uid:
+        return False
+    if request.changed_since and job.changed_seq <= request.changed_since:
+        return False
+    return allowed("list", who, job)
+
+
+def priority(word: str) -> model.Priority:
+    """Raises: ValueError for a word that is no level."""
+    try:
+        return model.Priority[word.upper()]
+    except KeyError:
+        raise ValueError(f"priority is high, normal or low, not {word!r}") from None
+
+
+def _input_of(request: AnyRequest, who: Who) -> AnyInput:
+    """The wish that a request stands for. Raises: ValueError for a word that is none."""
+    match request:
+        case protocol.Cancel():
+            return inputs.Cancel(who=who, job_id=request.job, message=request.message)
+        case protocol.Pause():
+            return inputs.Pause(who=who, job_id=request.job, message=request.message)
+        case protocol.Resume():
+            return inputs.Resume(who=who, job_id=request.job, message=request.message)
+        case protocol.SetPriority():
+            return inputs.SetPriority(who=who, job_id=request.job, priority=priority(request.priority))
+        case protocol.First():
+            return inputs.MoveFirst(who=who, job_id=request.job)
+        case protocol.Remove():
+            return inputs.Remove(who=who, job_id=request.job)
+        case protocol.Queue():
+            return inputs.SwitchQueue(who=who, verb=inputs.QueueVerb(request.action), message=request.message)
+        case _:
+            raise AssertionError(request)

@@ -1,0 +1,325 @@
+"""The files of jobs: inputs as they came in, outputs as the worker writes them.
+
+    <state>/spool/incoming/<reservation>          an input, synced, before its job owns it
+    <state>/spool/incoming/<reservation>.lines    original line numbers of a retry's items, one a line
+    <state>/spool/jobs/<job>/                     0700: input.jsonl, lines, results.jsonl, errors.jsonl, lock, suspects, log
+
+Rule 1: every name is made here from a number; no user names a path. Opens go through a directory descriptor and
+never follow a link.
+Rule 2: what a journal record relies on is synced BEFORE the record is written: file, then its directory.
+Rule 3: every function here blocks; the daemon calls them in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+SYNC_EVERY_BYTES: Final = 4 << 20  # so that the last sync of a 200 MB input does not stall everybody's
+READ_BYTES: Final = 1 << 20
+INPUT: Final = "input.jsonl"
+RESULTS: Final = "results.jsonl"
+ERRORS: Final = "errors.jsonl"
+LINES: Final = "lines"
+LOG: Final = "log"
+
+
+class InputMismatch(Exception):
+    """The bytes that came are not the bytes that were announced."""
+
+
+class _Numbered(msgspec.Struct):
+    line: int
+
+
+_line_of = msgspec.json.Decoder(_Numbered)
+
+
+class Incoming:
+    """One input on its way in: hashed, counted and written a piece at a time."""
+
+    def __init__(self, folder: int, name: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._folder, self._name = folder, name
+        self._fd = os.open(name, flags, 0o600, dir_fd=folder)
+        self._hash = hashlib.sha256()
+        self._unsynced = 0
+        self._line_bytes = 0  # of the line that has begun
+        self.bytes = 0
+        self.lines = 0
+        self.longest = 0
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self._hash.update(data)
+        self._count(data)
+        self.bytes += len(data)
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_EVERY_BYTES:
+            os.fdatasync(self._fd)
+            self._unsynced = 0
+
+    def _count(self, data: bytes) -> None:
+        first, *others = data.split(b"\n")
+        self._line_bytes += len(first)
+        if others:
+            self.longest = max(self.longest, self._line_bytes, *map(len, others[:-1]))
+            self.lines += len(others)
+            self._line_bytes = len(others[-1])
+        self.longest = max(self.longest, self._line_bytes)
+
+    def finish(self, *, lines: int, longest: int, size: int, sha256: bytes) -> None:
+        """Sync it, file and name.
+
+        Raises:
+            InputMismatch: it is not what the header said.
+        """
+        for what, announced, came in (("bytes", size, self.bytes), ("lines", lines, self.items)):
+            if announced != came:
+                raise InputMismatch(f"the header says {announced} {what}, {came} came")
+        if self.longest > longest:
+            raise InputMismatch(f"the header says that lines have at most {longest} bytes, one has {self.longest}")
+        if self.sha256 != sha256:
+            raise InputMismatch("the SHA-256 of the bytes is not the header's")
+        self.settle()
+
+    @property
+    def items(self) -> int:
+        """Lines, the last one counted though it lacks its newline."""
+        return self.lines + (self._line_bytes > 0)
+
+    @property
+    def sha256(self) -> bytes:
+        return self._hash.digest()
+
+    def settle(self) -> None:
+        """Sync file and name, whatever came."""
+        os.fsync(self._fd)
+        os.fsync(self._folder)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it; Spool.discard_incoming deletes what nobody will own."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def measure(data: bytes) -> tuple[int, int, bytes]:
+    """Lines, length of the longest, and SHA-256 of an input in memory."""
+    lines = data.split(b"\n")
+    return len(lines) - (not lines[-1]), max(map(len, lines)), hashlib.sha256(data).digest()
+
+
+class Spool:
+    """The folder, held open."""
+
+    def __init__(self, root: Path) -> None:
+        for folder in (root, root / "incoming", root / "jobs"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root = root
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._incoming = os.open(root / "incoming", flags)
+        self._jobs = os.open(root / "jobs", flags)
+        os.fsync(self._incoming)
+        os.fsync(self._jobs)
+        _sync_folder(root)
+        _sync_folder(root.parent)
+
+    def incoming(self, reservation_id: int) -> Incoming:
+        return Incoming(self._incoming, str(reservation_id))
+
+    def discard_incoming(self, reservation_id: int) -> None:
+        for name in (str(reservation_id), f"{reservation_id}.{LINES}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._incoming)
+
+    def path(self, job_id: int) -> Path:
+        return self.root / "jobs" / str(job_id)
+
+    def prepare(self, job_id: int, reservation_id: int, inline: Callable[[], bytes] | None) -> Path:
+        """Make the job's directory with its input in it, synced; doing it again changes nothing.
+
+        Raises:
+            FileNotFoundError: there is no input anywhere.
+        """
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(str(job_id), 0o700, dir_fd=self._jobs)
+        folder = self._open_job(job_id)
+        try:
+            if not _exists(INPUT, folder):
+                if inline is not None:
+                    _write_synced(folder, INPUT, inline())
+                else:
+                    self._adopt(reservation_id, folder)
+                os.fsync(folder)
+                os.fsync(self._jobs)
+        finally:
+            os.close(folder)
+        return self.path(job_id)
+
+    def _adopt(self, reservation_id: int, folder: int) -> None:
+        """Move input and line numbers in; the input last, since its presence says that all is done."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{reservation_id}.{LINES}", LINES, src_dir_fd=self._incoming, dst_dir_fd=folder)
+            os.fsync(folder)
+        os.rename(str(reservation_id), INPUT, src_dir_fd=self._incoming, dst_dir_fd=folder)
+
+    def open_output(self, job_id: int, *, errors: bool) -> int:
+        """A read-only descriptor; of an empty file where the worker has not made one yet."""
+        try:
+            folder = self._open_job(job_id)
+        except FileNotFoundError:
+            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _open_read(ERRORS if errors else RESULTS, folder)
+        except FileNotFoundError:
+            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(folder)
+
+    def read_log(self, job_id: int, offset: int, bytes_max: int) -> bytes:
+        try:
+            folder = self._open_job(job_id)
+        except FileNotFoundError:
+            return b""
+        try:
+            fd = _open_read(LOG, folder)
+        except FileNotFoundError:
+            return b""
+        finally:
+            os.close(folder)
+        try:
+            return os.pread(fd, bytes_max, offset)
+        finally:
+            os.close(fd)
+
+    def remove(self, job_id: int) -> None:
+        """Delete all files of a job."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path(job_id))
+
+    def sweep(self, job_ids: Collection[int], reservation_ids: Collection[int]) -> int:
+        """Delete what no job owns: left by a crash between a file and its record. Returns how many."""
+        swept = 0
+        for name in os.listdir(self._jobs):
+            if not (name.isascii() and name.isdigit() and int(name) in job_ids):
+                shutil.rmtree(self.root / "jobs" / name)
+                swept += 1
+        for name in os.listdir(self._incoming):
+            number = name.removesuffix(f".{LINES}")
+            if not (number.isascii() and number.isdigit() and int(number) in reservation_ids):
+                os.unlink(name, dir_fd=self._incoming)
+                swept += 1
+        return swept
+
+    def select(
+        self, job_id: int, reservation_id: int, *, failed_only: bool, counted: tuple[int, int]
+    ) -> Incoming:
+        """Gather the items of a final job that are to be tried again, with their original line numbers.
+
+        counted: how many bytes of results and errors count (the checkpoint's). The caller finishes or discards.
+
+        Raises:
+            FileNotFoundError: the job's input is gone.
+        """
+        folder = self._open_job(job_id)
+        try:
+            done = set(_recorded(folder, RESULTS, counted[0]))
+            failed = set(_recorded(folder, ERRORS, counted[1])) if failed_only else set()
+            chosen = self.incoming(reservation_id)
+            numbers = bytearray()
+            for number, line in _original(folder):
+                if (number in failed) if failed_only else (number not in done):
+                    chosen.write(line + b"\n")
+                    numbers += b"%d\n" % number
+            _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
+            return chosen
+        finally:
+            os.close(folder)
+
+    def free_bytes(self) -> int:
+        found = os.fstatvfs(self._jobs)
+        return found.f_bavail * found.f_frsize
+
+    def _open_job(self, job_id: int) -> int:
+        return os.open(
+            str(job_id), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._jobs
+        )
+
+
+def _exists(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _open_read(name: str, folder: int) -> int:
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_synced(folder: int, name: str, data: bytes) -> None:
+    """Write, sync, rename, so that `name` is there whole or not at all. The caller syncs the folder."""
+    part = f"{name}.part"
+    fd = os.open(
+        part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+    )
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _file_lines(folder: int, name: str, size: int | None = None) -> Iterator[bytes]:
+    """Lines without their newline, of the first `size` bytes."""
+    with open(_open_read(name, folder), "rb", buffering=READ_BYTES) as file:
+        left = size
+        for line in file:
+            if left is not None:
+                left -= len(line)
+                if left < 0:
+                    return
+            yield line.rstrip(b"\n")
+
+
+def _recorded(folder: int, name: str, size: int) -> Iterator[int]:
+    """Original line numbers of the records in an output file."""
+    try:
+        for record in _file_lines(folder, name, size):
+            yield _line_of.decode(record).line
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def _original(folder: int) -> Iterator[tuple[int, bytes]]:
+    """Items of a job with the line numbers they had in the first job of a chain of retries."""
+    if not _exists(LINES, folder):
+        yield from enumerate(_file_lines(folder, INPUT), 1)
+        return
+    numbers = map(int, _file_lines(folder, LINES))
+    yield from zip(numbers, _file_lines(folder, INPUT), strict=True)

@@ -1,0 +1,218 @@
+"""How the state looks to people: core records in, protocol records out. Reads only; never waits."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from gpujobd import protocol
+from gpujobd.config import Config
+from gpujobd.core import model, policy
+from gpujobd.core.events import AnyEvent, Submitted
+from gpujobd.core.forecast import Outlook
+from gpujobd.core.model import FINAL, S_NS, JobState, State
+
+Names = Callable[[int], str]
+WITHHELD: Final = frozenset({"input", "input_sha256", "submit_ids", "submit_id", "reservation_id"})
+"""Fields of events that serve the daemon alone."""
+
+
+def moment(ns: int) -> dt.datetime | UnsetType:
+    """UTC; 0 is "not known"."""
+    return dt.datetime.fromtimestamp(ns / S_NS, tz=dt.UTC) if ns else UNSET
+
+
+def _at(ns: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(ns / S_NS, tz=dt.UTC)
+
+
+def job(
+    state: State, config: Config, j: model.Job, now_ns: int, names: Names, outlook: Outlook | None
+) -> protocol.Job:
+    """One job, as its people see it."""
+    reason, detail = _reason(state, config, j, now_ns)
+    lease = state.devices[j.device].lease if j.state is JobState.RUNNING else None
+    yielding = lease.yield_why if lease is not None else None
+    return protocol.Job(
+        id=j.job_id,
+        tenant=j.tenant,
+        owner=names(j.owner),
+        handler=j.handler,
+        priority=j.priority.name.lower(),
+        state=j.state,
+        items=protocol.Items(total=j.items, done=j.checkpoint.done, failed=j.checkpoint.failed),
+        submitted_at=_at(j.submitted_ns),
+        name=j.name or UNSET,
+        params=j.params or UNSET,
+        reason=reason or UNSET,
+        reason_detail=detail or UNSET,
+        yielding=yielding.value if yielding else UNSET,
+        position=outlook.position if outlook and j.state is JobState.QUEUED and outlook.position else UNSET,
+        forecast=forecast(outlook),
+        begin_at=moment(j.begin_ns),
+        deadline_at=moment(j.deadline_ns),
+        started_at=moment(j.started_ns),
+        finished_at=moment(j.finished_ns),
+        attempt=j.attempt or UNSET,
+        interruptions=j.interruptions or UNSET,
+        device=j.device or UNSET,
+        retry_of=j.retry_of or UNSET,
+        failures_max=j.failures_max if j.failures_max >= 0 else UNSET,
+        gpu_s=round(j.used_ns / S_NS, 3) if j.used_ns else UNSET,
+        timings=_timings(j),
+    )
+
+
+def _reason(state: State, config: Config, j: model.Job, now_ns: int) -> tuple[str, str]:
+    if j.state is JobState.QUEUED:
+        reason, detail = policy.waiting_reason(state, config.rules(), j, now_ns)
+        return reason.value, detail
+    if j.state is JobState.PAUSED or j.state in FINAL:
+        return (j.reason or ""), j.reason_detail
+    return "", ""
+
+
+def forecast(outlook: Outlook | None) -> protocol.Forecast | UnsetType:
+    if outlook is None or not outlook.finish_ns:
+        return UNSET
+    return protocol.Forecast(
+        start_at=moment(outlook.start_ns),
+        finish_at=moment(outlook.finish_ns),
+        finish_by_90=moment(outlook.finish_90_ns),
+    )
+
+
+def _timings(j: model.Job) -> protocol.JobTimings | UnsetType:
+    if not j.started_ns:
+        return UNSET
+    t, tried = j.timings, j.checkpoint.done + j.checkpoint.failed
+    spent_s = (j.used_ns / S_NS) - t.load_s
+    waited_ns = j.started_ns - j.submitted_ns
+    return protocol.JobTimings(
+        queued_s=round(max(0, waited_ns) / S_NS, 3),
+        load_s=round(t.load_s, 3),
+        compute_s=round(t.compute_s, 3),
+        io_s=round(t.read_s + t.write_s + t.sync_s, 3),
+        items_per_s=round(tried / spent_s, 1) if spent_s > 0 and tried else UNSET,
+    )
+
+
+def device(d: model.Device, sees: Callable[[model.Job], bool], state: State) -> protocol.DeviceView:
+    """One device; whose job it runs is told only to those who may see the job."""
+    running = state.jobs.get(d.lease.job_id) if d.lease else None
+    shown = running is not None and sees(running)
+    return protocol.DeviceView(
+        name=d.name,
+        state=d.state,
+        loaded=list(d.loaded),
+        reason=d.reason or UNSET,
+        reason_detail=d.reason_detail or UNSET,
+        job=running.job_id if running is not None and shown else UNSET,
+        tenant=running.tenant if running is not None and shown else UNSET,
+    )
+
+
+def handlers(state: State, config: Config) -> list[protocol.HandlerView]:
+    return [_handler(state, name, handler) for name, handler in sorted(config.handlers.items())]
+
+
+def _handler(state: State, name: str, handler: object) -> protocol.HandlerView:
+    learned = state.learned.get(name)
+    params = {key: _param(rule) for key, rule in getattr(handler, "job_params", {}).items()}
+    return protocol.HandlerView(
+        name=name,
+        entry=getattr(handler, "entry", ""),
+        params=params,
+        loaded_on=[d.name for d in state.devices.values() if name in d.loaded],
+        load_s=round(learned.load_ns / S_NS, 3) if learned and learned.load_ns else UNSET,
+        items_per_s=round(S_NS / learned.item_ns, 1) if learned and learned.item_ns else UNSET,
+        failure=learned.failure or UNSET if learned and learned.load_failures else UNSET,
+        retry_at=moment(learned.retry_at_ns) if learned and learned.load_failures else UNSET,
+    )
+
+
+def _param(rule: object) -> dict[str, object]:
+    return {key: value for key, value in msgspec.to_builtins(rule).items() if value not in (None, [], ())}
+
+
+def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list[protocol.TenantView]:
+    """Shares and service. `owed_s` compares what each got with an equal split, by shares, of what all got."""
+    rules = config.rules()
+    counts = _counts(state.jobs.values())
+    names = sorted(
+        {*counts, *config.file.tenants, *(t for t, record in state.tenants.items() if record.used_ns)}
+    )
+    active = [n for n in names if n in counts and counts[n][0] + counts[n][1]]
+    floor = [state.tenants[n].vtime_ns for n in active if n in state.tenants]
+    mean = sum(floor) / len(floor) if floor else 0.0
+    views = []
+    for name in names:
+        if not wanted(name):
+            continue
+        record = state.tenants.get(name)
+        queued, running, paused, left = counts.get(name, (0, 0, 0, 0))
+        share = rules.share(name)
+        owed = (mean - record.vtime_ns) * share / S_NS if record and name in active else 0.0
+        views.append(
+            protocol.TenantView(
+                name=name,
+                share=share,
+                served_s=round(record.used_ns / S_NS, 3) if record else 0.0,
+                owed_s=round(owed, 3),
+                queued=queued,
+                running=running,
+                paused=paused,
+                items_left=left,
+            )
+        )
+    return views
+
+
+def _counts(jobs: Iterable[model.Job]) -> dict[str, tuple[int, int, int, int]]:
+    """By tenant: queued, running, paused, items left."""
+    counts: dict[str, tuple[int, int, int, int]] = {}
+    for j in jobs:
+        if j.state in FINAL:
+            continue
+        q, r, p, left = counts.get(j.tenant, (0, 0, 0, 0))
+        counts[j.tenant] = (
+            q + (j.state is JobState.QUEUED),
+            r + (j.state is JobState.RUNNING),
+            p + (j.state is JobState.PAUSED),
+            left + j.left,
+        )
+    return counts
+
+
+def switches(state: State) -> protocol.Switches:
+    s = state.switches
+    return protocol.Switches(
+        stopped=s.stopped,
+        disabled=s.disabled,
+        draining=s.draining,
+        message=s.message,
+        stopping=state.stopping,
+        disk_full=state.disk_full,
+    )
+
+
+def event(fact: AnyEvent) -> dict[str, object]:
+    """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone."""
+    seen: dict[str, object] = {}
+    shown = (
+        msgspec.structs.replace(fact, input=b"", input_sha256=b"") if isinstance(fact, Submitted) else fact
+    )
+    for key, value in msgspec.to_builtins(shown).items():
+        if key == "at_ns":
+            seen["at"] = _at(value)
+        elif key == "job_id":
+            seen["job"] = value
+        elif key == "priority":
+            seen[key] = model.Priority(value).name.lower()
+        elif key not in WITHHELD:
+            seen[key] = value
+    return seen
