@@ -1,0 +1,176 @@
+"""Verbs about the host: queue, handlers, tenants, device, ping."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import click
+from gpujobd import protocol as p
+from msgspec import UNSET
+
+from jobctl.command import message_option, session, tell, verb, write, write_json, write_list
+
+QUEUE_ACTIONS: Final = {
+    "stop": "nothing more is started; submissions are accepted",
+    "start": "work goes on",
+    "disable": "submissions are refused",
+    "enable": "submissions are accepted",
+    "drain": "nothing more is started; what runs goes on to the end of its turn",
+}
+
+
+@verb("ping")
+def ping() -> None:
+    """Ask the daemon whether it answers.
+
+    Example:
+      jobctl ping && echo it lives
+    """
+    here = session()
+    started = time.perf_counter()
+    pong = here.daemon.ask(p.Ping(id=here.daemon.next_id()), p.Pong)
+    took_ms = (time.perf_counter() - started) * 1e3
+    if here.json:
+        welcome = here.daemon.connection().welcome
+        boot = {"boot_id": welcome.boot_id} if welcome is not None else {}
+        write_json({"program": pong.program, "seq": pong.seq, **boot, "ms": round(took_ms, 3)})
+    else:
+        write(f"{pong.program} answers in {took_ms:.1f} ms\n")
+
+
+@verb("queue")
+@click.argument("action", type=click.Choice(list(QUEUE_ACTIONS)))
+@message_option
+def queue(action: str, message: str) -> None:
+    """Stop or start work, disable or enable submissions, or drain; for administrators. It survives a restart.
+
+    Actions:
+      stop     start nothing, ask for the devices back, accept submissions
+      drain    start nothing, let what runs go on to the end of its turn
+      start    end a stop or a drain
+      disable  accept no submissions
+      enable   accept them again
+
+    Example:
+      jobctl queue drain -m "new driver at 18:00"
+    """
+    here = session()
+    here.daemon.ask(p.Queue(id=here.daemon.next_id(), action=action, message=message), p.Done)
+    if here.json:
+        write_json({"v": 1, "action": action})
+    tell(f"queue: {QUEUE_ACTIONS[action]}")
+
+
+@verb("handlers")
+def handlers() -> None:
+    """List the handlers that jobs can be submitted to, and what --param they take.
+
+    Example:
+      jobctl handlers
+    """
+    from jobctl.table import Column, table  # noqa: PLC0415  # ping needs none of it
+    from jobctl.times import now, relative, spoken  # noqa: PLC0415
+
+    here = session()
+    found = here.daemon.ask(p.Handlers(id=here.daemon.next_id()), p.HandlerList).handlers
+    if here.json:
+        write_list("handlers", found)
+        return
+    if not found:
+        tell("no handler is installed")
+        return
+    columns = (
+        Column("HANDLER"),
+        Column("LOADED ON"),
+        Column("LOADS IN", right=True),
+        Column("ITEMS/S", right=True),
+        Column("PARAMS", shrink=True),
+        Column("FAILURE", shrink=True),
+    )
+    at = now()
+    write(
+        table(
+            columns,
+            [
+                (
+                    view.name,
+                    " ".join(view.loaded_on),
+                    spoken(view.load_s) if view.load_s is not UNSET else "",
+                    f"{view.items_per_s:,.0f}" if view.items_per_s is not UNSET else "",
+                    " ".join(param_words(name, rule) for name, rule in view.params.items()),
+                    (view.failure if view.failure is not UNSET else "")
+                    + (f", again {relative(view.retry_at, at)}" if view.retry_at is not UNSET else ""),
+                )
+                for view in found
+            ],
+        )
+    )
+
+
+def param_words(name: str, rule: dict[str, object]) -> str:
+    """`normalize=bool(true)`, `language=str(en|de)`: the name, the type, the default or the choices."""
+    choices = rule.get("choices")
+    inner = ""
+    if isinstance(choices, list) and choices:
+        inner = "|".join(str(choice) for choice in choices)
+    elif "default" in rule:
+        default = rule["default"]
+        inner = str(default).lower() if isinstance(default, bool) else str(default)
+    return f"{name}={rule.get('type', '?')}" + (f"({inner})" if inner else "")
+
+
+@verb("tenants")
+def tenants() -> None:
+    """List tenants: their share, what they got of the devices, and how far they are behind an equal split.
+
+    Example:
+      jobctl tenants
+    """
+    from jobctl.table import Column, counted, table  # noqa: PLC0415
+    from jobctl.times import spoken  # noqa: PLC0415
+
+    here = session()
+    found = here.daemon.ask(p.Tenants(id=here.daemon.next_id()), p.TenantList).tenants
+    if here.json:
+        write_list("tenants", found)
+        return
+    columns = [Column("TENANT", shrink=True)]
+    columns += [
+        Column(head, right=True)
+        for head in ("SHARE", "GPU TIME", "OWED", "QUEUED", "RUNNING", "PAUSED", "ITEMS LEFT")
+    ]
+    rows = [
+        (
+            view.name,
+            f"{view.share:g}",
+            spoken(view.served_s),
+            ("-" if view.owed_s < 0 else "") + spoken(abs(view.owed_s)),
+            counted(view.queued),
+            counted(view.running),
+            counted(view.paused),
+            counted(view.items_left),
+        )
+        for view in found
+    ]
+    if rows:
+        write(table(columns, rows))
+    else:
+        tell("no tenant has submitted anything yet")
+
+
+@verb("device")
+def device() -> None:
+    """Show the devices, what they hold and whether they are well.
+
+    Example:
+      jobctl device --json
+    """
+    from jobctl.describe import device_page  # noqa: PLC0415
+
+    here = session()
+    found = here.daemon.ask(p.Devices(id=here.daemon.next_id()), p.DeviceList).devices
+    if here.json:
+        write_list("devices", found)
+    else:
+        write(device_page(found))
