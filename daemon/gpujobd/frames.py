@@ -151,9 +151,9 @@ def is_seal(segment: bytes, offset: int, header: Header) -> bool:
     return not header.nrec and segment[start : start + header.payload_len] == SEAL
 
 
-def has_hole(segment: bytes, offset: int, header: Header) -> bool:
-    """Whether a sector that should hold payload, other than the first, is still all zero: a write cut short."""
-    end = min(offset + HEADER_BYTES + header.payload_len, len(segment))
+def has_hole(segment: bytes, offset: int, payload_len: int) -> bool:
+    """Whether a sector of the frame at `offset` that should hold payload, other than the first, is all zero."""
+    end = min(offset + HEADER_BYTES + payload_len, len(segment))
     return any(is_zero(segment, at, at + SECTOR) for at in range(offset + SECTOR, end, SECTOR))
 
 

@@ -44,7 +44,6 @@ SEGMENT_BYTES: Final = 16 << 20
 SNAPSHOTS_KEPT: Final = 2
 LOCK_WAIT_S: Final = 2.0
 READ_BYTES_MAX: Final = 8 << 20
-_ZERO_SECTOR: Final = bytes(frames.SECTOR)
 
 
 class JournalDead(Exception):
@@ -194,9 +193,9 @@ class Journal:
             raise ValueError(
                 f"a frame holds {self.payload_bytes_max} bytes, these records take {len(payload)}"
             )
-        self._write(payload, len(records))
-        if _ZERO_SECTOR in payload:
-            # A record with a sector of zeros would look torn, not rotten, if it were damaged: prove it at once.
+        framed = self._write(payload, len(records))
+        if frames.has_hole(framed, 0, len(payload)):
+            # Somebody's zeros fill a sector: if it rotted, the frame would look torn (recovery rule 5). Prove it now.
             self._write(frames.WATERMARK, 0)
         return self.last_seq
 
@@ -209,8 +208,8 @@ class Journal:
         if self.unproven:
             self._write(frames.WATERMARK, 0)
 
-    def _write(self, payload: bytes, nrec: int) -> None:
-        """Write one frame and sync it. Whatever interrupts this leaves the journal dead."""
+    def _write(self, payload: bytes, nrec: int) -> bytes:
+        """Write one frame and sync it; the frame. Whatever interrupts this leaves the journal dead."""
         if self.dead is not None:
             raise JournalDead(self.dead)
         assert not self.sealed
@@ -238,6 +237,7 @@ class Journal:
         self._header_crc = frames.header_crc(framed)
         self.unproven = nrec > 0
         self.last_seq += nrec
+        return framed
 
     def _die(self, doing: str, error: OSError) -> NoReturn:
         self.dead = f"{self.directory}: {doing}: {error.strerror or error}"

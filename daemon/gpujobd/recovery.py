@@ -346,7 +346,7 @@ class _Walk:
                 offset,
                 f"a frame of {header.first_seq} stands where {found.next_seq} should begin",
             )
-        elif not frames.has_hole(held, offset, header):
+        elif not is_cut_short(held, offset, header):
             self._refuse(index, held, offset, "a frame is complete and its body does not check")
         found.torn, found.sealed = True, False
 
@@ -390,6 +390,11 @@ class _Walk:
         raise JournalError(
             what, file=f"{self._directory}/{self._names[index]}", offset=offset, first=first, last=last
         )
+
+
+def is_cut_short(held: bytes, offset: int, header: frames.Header) -> bool:
+    """Rule 5: what a power cut leaves of a frame has a hole; what rots has none."""
+    return frames.has_hole(held, offset, header.payload_len)
 
 
 def unreadable_max(held: bytes, offset: int) -> int:

@@ -1,0 +1,240 @@
+"""A disk in memory that forgets what was not synced.
+
+    inode    := cache (what reads see) | disk (what survives a power cut) | the sectors by which they differ
+    names    := cache | disk | the changes between them, in order
+
+Rule 1: a sector (512 bytes) is on the disk whole or not at all; of the unsynced ones a power cut keeps any subset.
+Rule 2: of the unsynced changes of names a power cut keeps any subset, each whole; a file whose size was never
+synced is empty, or full-sized with any subset of its sectors.
+Rule 3: after a failed sync the pages count as clean: the next sync succeeds and writes nothing, reads see the new
+bytes, the disk holds the old ones, or some of the new (measured on ext4, xfs and btrfs).
+Rule 4: a short or failed write ends at a sector: the kernel copies whole pages.
+
+Every operation has a number; a `Fault` says what happens at which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+
+from gpujobd.disk import Disk
+from gpujobd.frames import SECTOR
+
+
+class PowerCut(BaseException):
+    """The power is gone; so is the process."""
+
+
+@dataclasses.dataclass
+class Fault:
+    """What happens at operation `at`: "cut", "short", or an errno; sticky: at every later one too.
+
+    A cut at a write or a sync leaves that operation half-done.
+    """
+
+    at: int
+    kind: str | int
+    sticky: bool = False
+
+
+class Inode:
+    def __init__(self) -> None:
+        self.cache = bytearray()
+        self.disk = bytearray()
+        self.dirty: set[int] = set()
+
+    def write(self, piece: bytes, offset: int) -> None:
+        if len(self.cache) < offset + len(piece):
+            self.cache.extend(bytes(offset + len(piece) - len(self.cache)))
+        self.cache[offset : offset + len(piece)] = piece
+        self.dirty.update(range(offset // SECTOR, -(-(offset + len(piece)) // SECTOR)))
+
+    def keep(self, sectors: set[int]) -> None:
+        """These reach the disk."""
+        if len(self.disk) < len(self.cache):
+            self.disk.extend(bytes(len(self.cache) - len(self.disk)))
+        for sector in sectors:
+            at = sector * SECTOR
+            self.disk[at : at + SECTOR] = self.cache[at : at + SECTOR]
+
+    def sync(self) -> None:
+        self.keep(self.dirty)
+        self.dirty.clear()
+
+    def fail_sync(self, rng: random.Random) -> None:
+        self.keep(_some(self.dirty, rng))
+        self.dirty.clear()
+
+    def cut(self, rng: random.Random) -> None:
+        if self.dirty and (len(self.cache) == len(self.disk) or rng.random() < 0.5):
+            self.keep(_some(self.dirty, rng))
+        self.cache = bytearray(self.disk)
+        self.dirty.clear()
+
+
+class SimDisk(Disk):
+    """Same methods as the real one. One directory tree, flat names."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = random.Random(seed)
+        self.ops = 0
+        self.log: list[str] = []
+        self.fault: Fault | None = None
+        self.names: dict[str, Inode] = {}
+        self.disk_names: dict[str, Inode] = {}
+        self.changes: list[dict[str, Inode | None]] = []
+        self.opened: dict[int, Inode] = {}
+        self.locks: set[int] = set()
+        self.off = False
+        self._fds = 10
+
+    # --- the world around it -----------------------------------------------------------------------------------
+
+    def restart_process(self) -> None:
+        """The process is gone, the machine lives: the cache stays."""
+        self.opened.clear()
+        self.locks.clear()
+        self.fault = None
+
+    def cut_power(self) -> None:
+        """The machine is gone: what was not synced survives as it likes."""
+        self.restart_process()
+        self.off = False
+        kept = self.rng.choice(("all", "none", "some", "prefix"))
+        size = self.rng.randint(0, len(self.changes))
+        for number, change in enumerate(self.changes):
+            if {"all": True, "none": False, "prefix": number < size}.get(kept, self.rng.random() < 0.5):
+                _change(self.disk_names, change)
+        self.changes.clear()
+        self.names = dict(self.disk_names)
+        for inode in {id(inode): inode for inode in self.names.values()}.values():
+            inode.cut(self.rng)
+
+    def _step(self, what: str) -> str | int | None:
+        """Count the operation; what goes wrong with it."""
+        if self.off:
+            raise PowerCut
+        self.ops += 1
+        self.log.append(what)
+        fault = self.fault
+        if fault is None or not (self.ops == fault.at or (fault.sticky and self.ops > fault.at)):
+            return None
+        if fault.kind == "cut":
+            self.off = True
+        return fault.kind
+
+    def _plain(self, what: str) -> None:
+        """An operation that is done or not done."""
+        fault = self._step(what)
+        if fault == "cut":
+            raise PowerCut
+        if fault is not None:
+            number = fault if isinstance(fault, int) else errno.EIO
+            raise OSError(number, os.strerror(number))
+
+    # --- the seam ------------------------------------------------------------------------------------------------
+
+    def open(self, path: str, *, write: bool = False, create: bool = False) -> int:
+        self._plain(f"open {path}")
+        if path not in self.names:
+            if not create:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            self._rename({path: Inode()})
+        self._fds += 1
+        self.opened[self._fds] = self.names[path]
+        return self._fds
+
+    def close(self, fd: int) -> None:
+        self.opened.pop(fd, None)
+        self.locks.discard(fd)
+
+    def size(self, fd: int) -> int:
+        return len(self.opened[fd].cache)
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        self._plain("pread")
+        return bytes(self.opened[fd].cache[offset : offset + size])
+
+    def pwrite(self, fd: int, piece: bytes, offset: int) -> int:
+        fault = self._step(f"pwrite {len(piece)}")
+        if fault is None:
+            self.opened[fd].write(piece, offset)
+            return len(piece)
+        written = self.rng.randrange(-(-len(piece) // SECTOR)) * SECTOR
+        if written:
+            self.opened[fd].write(piece[:written], offset)
+        if fault == "cut":
+            raise PowerCut
+        if fault == "short":
+            return written
+        assert isinstance(fault, int)
+        raise OSError(fault, os.strerror(fault))
+
+    def fdatasync(self, fd: int) -> None:
+        fault = self._step("fdatasync")
+        inode = self.opened[fd]
+        if fault is None:
+            inode.sync()
+            return
+        if fault == "cut":
+            inode.keep(_some(inode.dirty, self.rng))
+            raise PowerCut
+        inode.fail_sync(self.rng)
+        number = fault if isinstance(fault, int) else errno.EIO
+        raise OSError(number, os.strerror(number))
+
+    def fsync(self, fd: int) -> None:
+        self.fdatasync(fd)
+
+    def forget(self, fd: int) -> None:
+        pass
+
+    def listdir(self, directory: str) -> list[str]:
+        return [name.rpartition("/")[2] for name in self.names]
+
+    def mkdir(self, directory: str) -> None:
+        pass
+
+    def rename(self, old: str, new: str) -> None:
+        self._plain(f"rename {new}")
+        self._rename({old: None, new: self.names[old]})
+
+    def unlink(self, path: str) -> None:
+        self._plain(f"unlink {path}")
+        self._rename({path: None})
+
+    def fsync_dir(self, directory: str) -> None:
+        self._plain("fsync_dir")
+        self.changes.clear()
+        self.disk_names = dict(self.names)
+
+    def lock(self, path: str, *, wait_s: float) -> int:
+        if self.locks:
+            raise BlockingIOError(errno.EAGAIN, "locked")
+        fd = self.open(path, write=True, create=True)
+        self.locks.add(fd)
+        return fd
+
+    def is_locked(self, path: str) -> bool:
+        return bool(self.locks)
+
+    def _rename(self, change: dict[str, Inode | None]) -> None:
+        _change(self.names, change)
+        self.changes.append(change)
+
+
+def _change(names: dict[str, Inode], change: dict[str, Inode | None]) -> None:
+    for name, inode in change.items():
+        if inode is None:
+            names.pop(name, None)
+        else:
+            names[name] = inode
+
+
+def _some(sectors: set[int], rng: random.Random) -> set[int]:
+    """All, none, or any subset, often enough each."""
+    share = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+    return {sector for sector in sorted(sectors) if rng.random() < share}
