@@ -1,0 +1,149 @@
+"""One lease in the supervisor's hands, and the files of its job that the daemon itself looks at.
+
+    <job>/lock      held by the worker (flock, exclusive) while its output files are open
+    <job>/suspects  64 bytes: "<QQQQQ" = attempt, current first, current last, previous first, previous last; 0, 0: none
+
+Rule 1: a grant ends once: whoever says the last word on it sets `over`, and nothing is reported after that.
+Rule 2: what a worker left in a file is no better than what it says: other attempts and impossible lines are dropped.
+Rule 3: module functions block and are called in threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from gpujobd import worker_messages as messages
+from gpujobd.config import Handler
+from gpujobd.core.model import Job, Lease, Span
+from gpujobd.job_log import JobLog
+
+SUSPECTS: Final = struct.Struct("<QQQQQ")
+LINE_OF_RECORD: Final = re.compile(rb'\{"line":\s*(\d{1,18})')
+
+
+class Grant:
+    """What became of one lease since it was first seen."""
+
+    def __init__(self, lease: Lease, job: Job, now: float) -> None:
+        self.device = lease.device
+        self.handler = lease.handler
+        self.attempt = lease.attempt
+        self.job = copy.copy(job)
+        self.checkpoint = job.checkpoint  # the latest that was reported
+        self.since = now
+        self.folder: Path | None = None  # set once the job's files are there and nobody holds them
+        self.log: JobLog | None = None
+        self.log_opened = trio.Event()  # or there will be none
+        self.canary = 0  # the line a worker must compute first; 0: none, or it passed
+        self.load_s = 0.0  # loading that this lease waited for, until it was reported
+        self.sent = False
+        self.yield_asked = False
+        self.over = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.job.job_id, self.attempt
+
+    def used_ns(self) -> int:
+        return max(0, round((trio.current_time() - self.since) * 1e9))
+
+    def end(self) -> None:
+        """Nothing is reported on this lease from here on, and its log gets no more."""
+        self.over = True
+        if self.log:
+            self.log.close()
+
+    def message(self, handler: Handler) -> messages.Lease:
+        assert self.folder is not None
+        job = self.job
+        defaults = {name: p.default for name, p in handler.job_params.items() if p.default is not None}
+        return messages.Lease(
+            job=job.job_id,
+            attempt=self.attempt,
+            dir=str(self.folder),
+            items=job.items,
+            batch_max=handler.batch_max,
+            job_params=defaults | job.params,
+            failures_max=job.failures_max,
+            checkpoint=msgspec.structs.asdict(job.checkpoint),
+            suspects=job.suspects,
+            condemned=job.canary_due,
+            canary=self.canary,
+        )
+
+
+def lock_is_free(folder: Path) -> bool:
+    """Whether no process has the job's output files open. Asked only while no worker is meant to have."""
+    try:
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        # By hand: a copy of the descriptor in a child that is just being forked would hold it on.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return True
+    finally:
+        os.close(fd)
+
+
+def read_suspects(folder: Path, attempt: int, items: int) -> tuple[Span, ...]:
+    """The call that was in hand, then the one before it."""
+    try:
+        fd = os.open(folder / "suspects", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return ()
+    try:
+        page = os.read(fd, SUSPECTS.size)
+    except OSError:
+        return ()
+    finally:
+        os.close(fd)
+    if len(page) != SUSPECTS.size:
+        return ()
+    written_by, *lines = SUSPECTS.unpack(page)
+    spans = (Span(*lines[:2]), Span(*lines[2:]))
+    return tuple(s for s in spans if 1 <= s.first <= s.last <= items) if written_by == attempt else ()
+
+
+def choose_canary(folder: Path, job: Job) -> int:
+    """A line whose computing shows that worker and device are well; 0: the job needs no canary, or has no such line.
+
+    Best is one that was computed before: the first of the results. Else any that is under no suspicion.
+    """
+    if not job.canary_due:
+        return 0
+    if job.checkpoint.results_bytes and (line := _first_result(folder)):
+        return line
+    accused = set(job.canary_due) | set(job.deaths)
+    accused.update(line for span in job.suspects for line in range(span.first, span.last + 1))
+    return next((line for line in range(1, job.items + 1) if line not in accused), 0)
+
+
+def _first_result(folder: Path) -> int:
+    """Line of the job's own input that its first result belongs to. A retry's records carry the original's lines."""
+    with open(folder / "results.jsonl", "rb", opener=_no_follow) as results:
+        found = LINE_OF_RECORD.match(results.read(64))
+    if not found:
+        return 0
+    try:
+        with open(folder / "lines", "rb", opener=_no_follow) as originals:
+            return next((own for own, line in enumerate(originals, 1) if int(line) == int(found[1])), 0)
+    except FileNotFoundError:
+        return int(found[1])
+
+
+def _no_follow(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
