@@ -10,9 +10,8 @@ import signal
 import time
 
 import pytest
-from harness import as_user, fake, hosted, until
-
 from gpujobd import protocol
+from harness import as_user, fake, hosted, until
 
 COUNT = "toys:Count"
 MOODY = "trouble:Moody"
