@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Channel(Generic[T]):
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
+    def __init__(self, bound: int, weigh: Callable[[T], int] = lambda _: 1) -> None:
+        """A put waits while the things in line weigh `bound` or more."""
+        self._bound = bound
+        self._weigh = weigh
+        self._weight = 0
         self._waiting: collections.deque[T] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -23,11 +27,12 @@ class Channel(Generic[T]):
     def put(self, thing: T) -> bool:
         """Wait for room and hand over. False: the channel was closed and `thing` was dropped."""
         with self._changed:
-            while len(self._waiting) >= self._depth and not self._closed:
+            while self._weight >= self._bound and not self._closed:
                 self._changed.wait()
             if self._closed:
                 return False
             self._waiting.append(thing)
+            self._weight += self._weigh(thing)
             self._changed.notify_all()
             return True
 
@@ -39,7 +44,9 @@ class Channel(Generic[T]):
             if not self._waiting:
                 return None
             self._changed.notify_all()
-            return self._waiting.popleft()
+            thing = self._waiting.popleft()
+            self._weight -= self._weigh(thing)
+            return thing
 
     def get_all(self, timeout_s: float | None) -> list[T] | None:
         """All that waits, in order; empty: nothing came in time; None: closed and empty."""
@@ -50,6 +57,7 @@ class Channel(Generic[T]):
                 return None if self._closed else []
             things = list(self._waiting)
             self._waiting.clear()
+            self._weight = 0
             self._changed.notify_all()
             return things
 

@@ -22,9 +22,9 @@ import stat
 import struct
 import time
 import zlib
-from types import TracebackType
 from typing import Callable
 
+INPUT = "input.jsonl"
 RESULTS = "results.jsonl"
 ERRORS = "errors.jsonl"
 LOCK = "lock"
@@ -48,12 +48,18 @@ class LeaseLost(Exception):
         self.detail = detail
 
 
-def open_folder(path: str) -> int:
-    """Raises: LeaseLost where there is no such folder."""
+def lost_to(error: OSError, doing: str) -> LeaseLost:
+    """How the lease ends when the disk refuses: EFBIG is a file size limit, RLIMIT_FSIZE."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return LeaseLost("disk_full" if full else "died", f"{doing}: {error}")
+
+
+def open_to_read(name: str, folder: int | None = None, flags: int = 0) -> int:
+    """Raises: LeaseLost."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | OPEN_FLAGS)
+        return os.open(name, os.O_RDONLY | flags | OPEN_FLAGS, dir_fd=folder)
     except OSError as error:
-        raise LeaseLost("input_lost", f"the job's folder: {error}") from None
+        raise LeaseLost("input_lost", f"{name}: {error.strerror}") from None
 
 
 def take_lock(folder: int, give_up: Callable[[], bool], wait_s: float = LOCK_WAIT_S) -> int:
@@ -158,7 +164,7 @@ class Page:
         fd = os.open(SUSPECTS, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600, dir_fd=folder)
         try:
             if os.fstat(fd).st_size < PAGE_BYTES:
-                os.ftruncate(fd, PAGE_BYTES)
+                os.pwrite(fd, bytes(PAGE_BYTES), 0)  # not a hole: on a full disk that would be a SIGBUS later
             self._map = mmap.mmap(fd, PAGE_BYTES)
         finally:
             os.close(fd)
@@ -184,25 +190,29 @@ class JobFiles:
     def __init__(
         self, path: str, attempt: int, checkpoint: dict[str, int], give_up: Callable[[], bool]
     ) -> None:
-        """Raises: LeaseLost, OSError."""
+        """Raises: LeaseLost."""
         self._closers: list[Callable[[], None]] = []
         try:
             self._open(path, attempt, checkpoint, give_up)
-        except BaseException:
+        except LeaseLost:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise lost_to(error, "opening the job's files") from None
 
     def _open(self, path: str, attempt: int, checkpoint: dict[str, int], give_up: Callable[[], bool]) -> None:
-        self.folder = open_folder(path)
+        self.folder = open_to_read(path, flags=os.O_DIRECTORY)
         self._closers.append(lambda: os.close(self.folder))
+        self.input = open_to_read(INPUT, self.folder)
+        self._closers.append(lambda: os.close(self.input))
         lock = take_lock(self.folder, give_up)
         self._closers.append(lambda: os.close(lock))
         self.page = Page(self.folder, attempt)
         self._closers.append(self.page.close)
-        kept = checkpoint
-        self.results = Output(self.folder, RESULTS, kept["results_bytes"], kept["results_crc"])
+        self.results = Output(self.folder, RESULTS, checkpoint["results_bytes"], checkpoint["results_crc"])
         self._closers.append(self.results.close)
-        self.errors = Output(self.folder, ERRORS, kept["errors_bytes"], kept["errors_crc"])
+        self.errors = Output(self.folder, ERRORS, checkpoint["errors_bytes"], checkpoint["errors_crc"])
         self._closers.append(self.errors.close)
         self.results.cut()  # only now that both are known to be whole
         self.errors.cut()
@@ -212,14 +222,3 @@ class JobFiles:
         """Last opened, first closed: the lock is let go after the outputs."""
         while self._closers:
             self._closers.pop()()
-
-    def __enter__(self) -> JobFiles:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

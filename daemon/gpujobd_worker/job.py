@@ -13,7 +13,6 @@ Lines are this job's own, 1-based; the original numbers of a retry are used in t
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
@@ -29,7 +28,7 @@ from gpujobd_worker.failures import (
     shorten,
 )
 from gpujobd_worker.files import JobFiles, LeaseLost
-from gpujobd_worker.lines import Reader, Segment, Window, chunks, open_input, parse, read_numbers
+from gpujobd_worker.lines import Reader, Segment, Window, chunks, parse, read_numbers
 from gpujobd_worker.pipe import TEXT_CHARS_MAX, Message, Pipe
 from gpujobd_worker.terms import Terms
 from gpujobd_worker.writer import Batch, Checkpoint, Outcome, Writer
@@ -62,83 +61,87 @@ class Lease:
         self._caller: Caller
         self._writer: Writer
         self._reader: Reader
-        self._told_s = {"read_s": 0.0, "compute_s": 0.0}  # of timings reported so far
+        self._told_s: dict[str, float] = {}  # timings reported so far
 
     def run(self) -> None:
-        """Compute until the end, a yield or a loss, and report which."""
-        pulse = self._desk.pulse
-        pulse.attempt = self._terms.attempt
+        """Compute until the end, a yield or a loss, and report which.
+
+        Files are not closed in a `finally`: after a bug of ours the threads use them until the process ends.
+        """
+        terms, pulse = self._terms, self._desk.pulse
+        pulse.attempt = terms.attempt
         try:
-            with JobFiles(
-                self._terms.folder, self._terms.attempt, self._terms.checkpoint, self._stop.is_set
-            ) as files:
-                kind, fields = self._work(files)
+            files = JobFiles(terms.folder, terms.attempt, terms.checkpoint, self._stop.is_set)
         except LeaseLost as lost:
-            kind, fields = "lost", {"cause": lost.cause, "detail": lost.detail}
-        except OSError as error:
-            kind, fields = "lost", {"cause": "died", "detail": f"the job's files: {error}"}
-        except Poisoned as error:
-            kind, fields = "lost", {"cause": "poisoned", "detail": str(error)}
-        self._close(kind, fields)
+            self._report_lost(lost, {})
+            return
+        ending, report = self._work(files)
+        files.close()
+        if ending is not None:
+            self._report_lost(ending, report)
+        else:
+            left = terms.items - self._writer.checkpoint["done"] - self._writer.checkpoint["failed"]
+            self._pipe.send("yielded" if left else "finished", attempt=terms.attempt, **report)
         pulse.attempt = pulse.line = pulse.batch = 0
 
-    def _close(self, kind: str, fields: dict[str, Any]) -> None:
-        if "detail" in fields:
-            fields["detail"] = shorten(fields["detail"], TEXT_CHARS_MAX)
-            log(f"lease lost: {fields['cause']}: {fields['detail']}")
-        if fields.get("cause") in PROCESS_ENDS:
-            self._pipe.last_words(EXIT_LOST, kind, attempt=self._terms.attempt, **fields)
-        self._pipe.send(kind, attempt=self._terms.attempt, **fields)
+    def _report_lost(self, lost: LeaseLost, report: dict[str, Any]) -> None:
+        """The lease is over; after some causes the process is, too."""
+        detail = shorten(lost.detail, TEXT_CHARS_MAX)
+        log(f"lease lost: {lost.cause}: {detail}")
+        fields = {"attempt": self._terms.attempt, "cause": lost.cause, "detail": detail, **report}
+        if lost.cause in PROCESS_ENDS:
+            self._pipe.last_words(EXIT_LOST, "lost", **fields)
+        self._desk.pulse.attempt = 0
+        self._pipe.send("lost", **fields)
 
-    def _work(self, files: JobFiles) -> tuple[str, dict[str, Any]]:
-        """The pipeline. Raises: LeaseLost, OSError, Poisoned; with the last two the process ends."""
+    def _work(self, files: JobFiles) -> tuple[LeaseLost | None, dict[str, Any]]:
+        """The pipeline. Returns why the lease is lost, if it is, and the last report."""
         terms = self._terms
-        fd = open_input(files.folder)
+        self._caller = Caller(self._desk, terms, files.page)
         try:
             self._numbers = read_numbers(files.folder, terms.items)
-            self._caller = Caller(self._desk, terms, files.page)
             if terms.canary:
-                self._run_canary(fd)
-            self._reader = Reader(fd, terms.checkpoint["upto"], terms.items)
-            self._writer = Writer(
-                files,
-                terms.checkpoint,
-                every_s=self._checkpoint_s,
-                report=self._report,
-                enough=terms.too_many,
-                stop=self._stop,
-            )
-            lost = self._compute(fd)
-            self._reader.stop()
-            self._writer.finish()
-        finally:
-            os.close(fd)
-        return self._ending(self._writer.lost or lost)
+                self._run_canary(files.input)
+        except LeaseLost as lost:
+            return lost, {}
+        self._reader = Reader(files.input, terms.checkpoint["upto"], terms.items)
+        self._writer = Writer(
+            files,
+            terms.checkpoint,
+            every_s=self._checkpoint_s,
+            report=self._report,
+            enough=terms.too_many,
+            stop=self._stop,
+        )
+        ended = self._compute(files.input)
+        self._reader.stop()
+        self._writer.finish()
+        return self._writer.lost or ended or self._too_many(), self._report_fields(self._writer.checkpoint)
 
-    def _ending(self, lost: LeaseLost | None) -> tuple[str, dict[str, Any]]:
-        checkpoint = self._writer.checkpoint
-        if lost is None and self._terms.too_many(checkpoint["failed"]):
-            lost = LeaseLost(
-                "failures_max", f"{checkpoint['failed']} items failed, {self._terms.failures_max} may"
-            )
-        report = self._report_fields(checkpoint, self._writer.spent())
-        if lost is not None:
-            return "lost", {"cause": lost.cause, "detail": lost.detail, **report}
-        tried_all = checkpoint["upto"] == self._terms.items and not checkpoint["deferred"]
-        return ("finished" if tried_all else "yielded"), report
+    def _too_many(self) -> LeaseLost | None:
+        failed, allowed = self._writer.checkpoint["failed"], self._terms.failures_max
+        if not self._terms.too_many(failed):
+            return None
+        return LeaseLost("failures_max", f"{failed} items failed, allowed are {allowed}")
 
-    def _report(self, checkpoint: Checkpoint, spent: dict[str, float]) -> None:
+    def _report(self, checkpoint: Checkpoint) -> None:
         """Called by the writer's thread."""
-        self._pipe.send("checkpoint", attempt=self._terms.attempt, **self._report_fields(checkpoint, spent))
+        self._pipe.send("checkpoint", attempt=self._terms.attempt, **self._report_fields(checkpoint))
 
-    def _report_fields(self, checkpoint: Checkpoint, spent: dict[str, float]) -> dict[str, Any]:
+    def _report_fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What a report says; its timings are those since the report before."""
-        now_s = {"read_s": self._reader.read_s, "compute_s": self._caller.compute_s}
-        since_s = {stage: now_s[stage] - self._told_s[stage] for stage in now_s}
+        now_s = {
+            "load_s": 0.0,
+            "read_s": self._reader.read_s,
+            "compute_s": self._caller.compute_s,
+            "write_s": self._writer.write_s,
+            "sync_s": self._writer.sync_s,
+        }
+        since_s = {stage: spent_s - self._told_s.get(stage, 0.0) for stage, spent_s in now_s.items()}
         self._told_s = now_s
         return {
             "checkpoint": checkpoint,
-            "timings": {"load_s": 0.0, **since_s, **spent},
+            "timings": since_s,
             "vram_bytes": self._desk.gauge.peak_bytes(),
         }
 
@@ -147,9 +150,6 @@ class Lease:
     def _compute(self, fd: int) -> LeaseLost | None:
         """Hand outcomes to the writer until the end or a stop; what ended it early is returned, for the writer still
         has to write what it got.
-
-        Raises:
-            Poisoned: the process is to end.
         """
         try:
             self._try_all(Window(self._reader, self._terms.checkpoint["upto"] + 1))
@@ -157,6 +157,8 @@ class Lease:
                 self._try_deferred(fd)
         except LeaseLost as lost:
             return lost
+        except Poisoned as error:
+            self._report_lost(LeaseLost("poisoned", str(error)), {})  # the process ends here
         return None
 
     def _try_all(self, window: Window) -> None:
@@ -187,7 +189,7 @@ class Lease:
                 outcomes[index] = self._deferral(segment.first + index, 1, outcome)
         deferred = list(map(list, self._deferred.items())) if len(self._deferred) != before else None
         numbers = self._numbers_of(segment.first, segment.last)
-        self._writer.put(Batch(segment.last, numbers, custom_ids, outcomes, deferred))
+        self._writer.put(Batch(segment.last, numbers, custom_ids, outcomes, deferred, segment.input_bytes()))
 
     def _numbers_of(self, first: int, last: int) -> Any:
         return self._numbers[first - 1 : last] if self._numbers else range(first, last + 1)
@@ -233,7 +235,9 @@ class Lease:
                 outcome = outcome._replace(tries=max(outcome.tries, tries + 1))
         deferred = list(map(list, self._deferred.items()))
         self._writer.put(
-            Batch(self._terms.items, self._numbers_of(line, line), [custom_id], [outcome], deferred)
+            Batch(
+                self._terms.items, self._numbers_of(line, line), [custom_id], [outcome], deferred, len(text)
+            )
         )
 
     # --- the canary -----------------------------------------------------------------------------------------

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, Union
 
 from gpujobd_worker.channel import Channel
 from gpujobd_worker.failures import BAD_JSON, ITEM_TOO_LARGE, Failure, shorten
-from gpujobd_worker.files import OPEN_FLAGS, LeaseLost
+from gpujobd_worker.files import INPUT, OPEN_FLAGS, LeaseLost
 from gpujobd_worker.pipe import start_thread
 
-INPUT = "input.jsonl"
 NUMBERS = "lines"
 READ_BYTES = 1 << 18
 LINE_BYTES_MAX = 1 << 20
 CHUNK_LINES_MAX = 1024
 CHUNKS_AHEAD = 4
+SEGMENT_BYTES = 16 << 20  # a segment takes no further chunk beyond this
 
 Item = Union[dict[str, Any], Failure]
 
@@ -79,14 +79,6 @@ def _parse_slowly(text: bytes) -> Item:
     if not isinstance(item, dict):
         return Failure(BAD_JSON, f"not a JSON object but {type(item).__name__}")
     return item
-
-
-def open_input(folder: int) -> int:
-    """Raises: LeaseLost."""
-    try:
-        return os.open(INPUT, os.O_RDONLY | OPEN_FLAGS, dir_fd=folder)
-    except OSError as error:
-        raise LeaseLost("input_lost", f"{INPUT}: {error.strerror}") from None
 
 
 def read_numbers(folder: int, items: int) -> list[int]:
@@ -157,6 +149,9 @@ class Segment(NamedTuple):
     @property
     def last(self) -> int:
         return self.first + len(self.texts) - 1
+
+    def input_bytes(self) -> int:
+        return sum(map(len, self.texts))
 
     def halves(self) -> Iterator[Segment]:
         """The second half first, as a stack wants it; items fresh, whatever the failed call did to them."""
@@ -229,10 +224,13 @@ class Window:
         first = self.line
         texts: list[bytes] = []
         items: list[Item] = []
-        while len(texts) < size and self._fill():
+        input_bytes = 0
+        while len(texts) < size and input_bytes < SEGMENT_BYTES and self._fill():
             end = self._at + size - len(texts)
-            texts += self._chunk.texts[self._at : end]
+            piece = self._chunk.texts[self._at : end]
+            texts += piece
             items += self._chunk.items[self._at : end]
+            input_bytes += sum(map(len, piece))
             self._at = min(end, len(self._chunk.texts))
         return Segment(first, texts, items) if texts else None
 

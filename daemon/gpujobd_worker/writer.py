@@ -12,7 +12,6 @@ Rule 5: this thread is the only one that touches the outputs.
 
 from __future__ import annotations
 
-import errno
 import json
 import threading
 import time
@@ -22,11 +21,11 @@ from typing import Any, Callable, NamedTuple, Union
 
 from gpujobd_worker.channel import Channel
 from gpujobd_worker.failures import BAD_OUTPUT, Deferral, Failure, shorten
-from gpujobd_worker.files import JobFiles, LeaseLost, Output
+from gpujobd_worker.files import JobFiles, LeaseLost, Output, lost_to
 from gpujobd_worker.pipe import start_thread
 
-BATCHES_AHEAD = 32
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a file size limit, RLIMIT_FSIZE
+WAITING_BYTES_MAX = 16 << 20  # roughly: what waits for a slow disk is counted by the length of its input
+RECORD_BYTES = 1024  # what an outcome is counted as, on top of that
 
 Outcome = Union[dict[str, Any], Failure, Deferral]
 Checkpoint = dict[str, Any]
@@ -40,6 +39,10 @@ class Batch(NamedTuple):
     custom_ids: list[Any]  # None: the item has none
     outcomes: list[Outcome]
     deferred: list[list[int]] | None  # the whole list after this batch, where it changed
+    input_bytes: int
+
+    def weight(self) -> int:
+        return self.input_bytes + RECORD_BYTES * len(self.outcomes)
 
 
 def _make_encode() -> Callable[[object], str]:
@@ -78,7 +81,7 @@ class Writer:
         checkpoint: Checkpoint,
         *,
         every_s: float,
-        report: Callable[[Checkpoint, dict[str, float]], None],
+        report: Callable[[Checkpoint], None],
         enough: Callable[[int], bool],
         stop: threading.Event,
     ) -> None:
@@ -95,8 +98,9 @@ class Writer:
         self._report = report
         self._enough = enough
         self._stop = stop
-        self._spent = {"write_s": 0.0, "sync_s": 0.0}
-        self._waiting: Channel[Batch] = Channel(BATCHES_AHEAD)
+        self.write_s = 0.0
+        self.sync_s = 0.0
+        self._waiting: Channel[Batch] = Channel(WAITING_BYTES_MAX, Batch.weight)
         self._thread = start_thread("writer", self._run)
 
     def put(self, batch: Batch) -> None:
@@ -107,11 +111,6 @@ class Writer:
         """Write and sync all that was put. Afterwards `checkpoint` and `lost` tell how it went."""
         self._waiting.close()
         self._thread.join()
-
-    def spent(self) -> dict[str, float]:
-        """Seconds since the last call."""
-        spent, self._spent = self._spent, {"write_s": 0.0, "sync_s": 0.0}
-        return spent
 
     def _run(self) -> None:
         try:
@@ -129,7 +128,7 @@ class Writer:
                 self._write(batches)
             if self._dirty and time.monotonic() >= due:
                 self._sync()
-                self._report(self.checkpoint, self.spent())
+                self._report(self.checkpoint)
                 due = time.monotonic() + self._every_s
         self._sync()
 
@@ -145,7 +144,7 @@ class Writer:
         self._append(self._files.results, "results", "done", results)
         self._append(self._files.errors, "errors", "failed", errors)
         self._dirty = True
-        self._spent["write_s"] += time.perf_counter() - began
+        self.write_s += time.perf_counter() - began
         if errors and self._enough(self._next["failed"]):
             self._stop.set()
 
@@ -183,14 +182,13 @@ class Writer:
             output.keep()
         self.checkpoint = dict(self._next)
         self._dirty = False
-        self._spent["sync_s"] += time.perf_counter() - began
+        self.sync_s += time.perf_counter() - began
 
     def _give_up(self, error: OSError) -> None:
         """The disk refused: end the lease at the last checkpoint."""
-        cause = "disk_full" if error.errno in DISK_FULL else "died"
-        self.lost = LeaseLost(cause, f"writing the outputs: {error}")
+        self.lost = lost_to(error, "writing the outputs")
         self._stop.set()
         self._waiting.close()
-        if cause == "disk_full":
+        if self.lost.cause == "disk_full":
             self._files.results.cut()
             self._files.errors.cut()
