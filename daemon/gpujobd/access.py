@@ -93,6 +93,7 @@ def _look_up(config: Config, peer: Peer) -> Who:
         name=name,
         admin=admin,
         observer=admin or _named(access.observers, name, groups),
+        high=admin or _named(access.high_priority, name, groups),
         tenants=frozenset({name} | tenants),
     )
 

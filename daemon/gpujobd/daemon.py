@@ -37,7 +37,7 @@ from gpujobd.core.events import decode
 from gpujobd.core.model import Job, State
 from gpujobd.feed import Feed
 from gpujobd.janitor import Janitor
-from gpujobd.journal import Journal, JournalDead, Recovered, Writer
+from gpujobd.journal import Journal, JournalBusyError, JournalDead, JournalError, Recovered
 from gpujobd.notify import Notifier
 from gpujobd.outlooks import Outlooks
 from gpujobd.server import Server
@@ -45,6 +45,7 @@ from gpujobd.spool import Spool
 from gpujobd.submissions import Submissions
 from gpujobd.supervisor import Supervisor, find_devices
 from gpujobd.turns import Turns
+from gpujobd.writer import Writer
 
 log = logging.getLogger("gpujobd")
 
@@ -91,8 +92,8 @@ class Daemon:
         self._journal = journal
         head = replay(recovered)
         state = snapshot.load(list(snapshot.chunks(head)))
-        self._writer = Writer(journal, lambda seq: self._turns.committed(seq))
-        self._turns = Turns(head, state, cfg.rules(), self._writer.add)
+        self._turns = Turns(head, state, cfg.rules(), self._add)
+        self._writer = Writer(journal, self._turns.committed)
         self._spool = Spool(state_dir(options) / "spool")
         self._directory = Directory(cfg)
         self._feed = Feed(journal, state.seq)
@@ -103,7 +104,7 @@ class Daemon:
             state=lambda: self._turns.state,
             report=self._turns.put,
             prepare=self._prepare,
-            on_log=lambda job_id: self._server.log_grew(job_id),
+            on_log=self._log_grew,
         )
         self._boot_id = uuid.uuid4().hex
         submissions = Submissions(self._turns, self._spool, self._outlooks, self._prepare)
@@ -125,6 +126,12 @@ class Daemon:
             lambda _: self._supervisor.poke(),
         ]
 
+    def _add(self, records: list[bytes]) -> int:
+        return self._writer.add(records)
+
+    def _log_grew(self, job_id: int) -> None:
+        self._server.log_grew(job_id)
+
     async def _prepare(self, job: Job) -> Path:
         await self._janitor.prepare(job)
         return self._spool.path(job.job_id)
@@ -134,7 +141,7 @@ class Daemon:
         await trio.to_thread.run_sync(self._sweep)
         devices = await find_devices(self._config)
         async with self._listener() as listener, trio.open_nursery() as nursery:
-            nursery.start_soon(self._writer.run)
+            nursery.start_soon(self._write)
             nursery.start_soon(self._turns.run)
             nursery.start_soon(self._directory.learn, {job.owner for job in self._turns.state.jobs.values()})
             await self._turns.asked(inputs.Start(boot_id=self._boot_id, version=__version__, devices=devices))
@@ -214,10 +221,14 @@ class Daemon:
         self._journal.write_snapshot(state.seq, snapshot.chunks(state))
         self._journal.seal()
 
-    # --- a dead journal -----------------------------------------------------------------------------------------
-
-    def die(self, reason: JournalDead) -> None:
-        self._turns.die(reason)
+    async def _write(self) -> None:
+        """Run the journal's writer; when it dies, tell everybody who waits, then end the process."""
+        try:
+            await self._writer.run()
+        except JournalDead as dead:
+            self._turns.die(dead)
+            await trio.sleep(LAST_ANSWERS_S)
+            raise
 
     # --- systemd ------------------------------------------------------------------------------------------------
 
@@ -241,20 +252,20 @@ class Daemon:
     def _status(self) -> str:
         state = self._turns.state
         running = [_progress(state, device.lease.job_id) for device in state.devices.values() if device.lease]
-        return f"{', '.join(running) or 'idle'}; {state.queued_jobs} queued" + (
+        return f"{', '.join(running) or 'idle'}; {state.book.open_jobs - len(running)} waiting" + (
             "; stopping" if state.stopping else ""
         )
 
     @contextlib.asynccontextmanager
     async def _listener(self) -> AsyncIterator[trio.socket.SocketType]:
         inherited = _inherited_socket()
-        path = None if inherited else socket_path(self._options)
+        path = socket_path(self._options)
         sock = inherited or _bind(path)
         try:
             yield trio.socket.from_stdlib_socket(sock)
         finally:
             sock.close()
-            if path is not None:
+            if inherited is None:
                 path.unlink(missing_ok=True)
 
 
@@ -353,12 +364,11 @@ def serve(options: Options) -> int:
 
 
 def _serve(options: Options, cfg: Config, journal: Journal) -> int:
-    from gpujobd.journal import JournalError, JournalLocked  # noqa: PLC0415
-
+    status = 0
     try:
         recovered = journal.open()
         daemon = Daemon(options, cfg, journal, recovered)
-    except JournalLocked as error:
+    except JournalBusyError as error:
         raise StartError(str(error)) from None
     except JournalError as error:
         log.critical("%s", error)
@@ -369,10 +379,10 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
         log.critical(
             "the journal is dead, nothing of what was in flight was accepted: %s", dead.exceptions[0]
         )
-        return EX_TEMPFAIL
+        status = EX_TEMPFAIL
     finally:
         journal.close()
-    return 0
+    return status
 
 
 async def _run(daemon: Daemon) -> None:

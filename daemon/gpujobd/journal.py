@@ -392,6 +392,15 @@ class Journal:
         kept.damaged.clear()
         self._disk.fsync_dir(self.directory)
 
+    def bytes_since(self, seq: int) -> int:
+        """Bytes of the segments that began after record `seq`: what a start would read beyond a snapshot there."""
+        return sum(segment.header.segment_bytes for segment in self._segments if segment.first_seq > seq)
+
+    def floor(self, history_bytes_max: int) -> int:
+        """The first record of the oldest segment that a history of that size keeps."""
+        kept = max(1, history_bytes_max // self.segment_bytes)
+        return self._segments[-kept:][0].first_seq
+
     def drop_segments(self, keep_from_seq: int, history_bytes_max: int) -> int:
         """Drop the oldest segments while all of them take more than `history_bytes_max`; how many went.
 

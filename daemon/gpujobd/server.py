@@ -21,7 +21,7 @@ from gpujobd.access import Directory, Peer, peer
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection
 from gpujobd.core import inputs, model
-from gpujobd.core.decide import Refused
+from gpujobd.core.admission import Refused
 from gpujobd.core.events import AnyEvent
 from gpujobd.core.inputs import AnyInput, Who
 from gpujobd.core.model import FINAL, JobState, State
@@ -185,8 +185,8 @@ class Server:
 
         self._turns.ask(given, answer)
 
-    def _submit(self, c: Connection, request: protocol.Submit) -> Awaitable[None] | None:
-        return self._submissions.submit(c, request)
+    def _submit(self, c: Connection, request: protocol.Submit) -> None:
+        self._submissions.submit(c, request)
 
     def _chunk(self, c: Connection, request: protocol.Chunk) -> Awaitable[None]:
         return self._submissions.chunk(c, request)

@@ -43,67 +43,69 @@ class _Numbered(msgspec.Struct):
 _line_of = msgspec.json.Decoder(_Numbered)
 
 
-class Incoming:
-    """One input on its way in: hashed, counted and written a piece at a time."""
+class Tally:
+    """What a header announces, found out from the bytes themselves, a piece at a time."""
 
-    def __init__(self, folder: int, name: str) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._folder, self._name = folder, name
-        self._fd = os.open(name, flags, 0o600, dir_fd=folder)
-        self._hash = hashlib.sha256()
-        self._unsynced = 0
-        self._line_bytes = 0  # of the line that has begun
+    def __init__(self) -> None:
         self.bytes = 0
-        self.lines = 0
-        self.longest = 0
+        self.longest = 0  # length of the longest line, newline not counted
+        self._ended = 0  # lines that ended
+        self._begun = 0  # bytes of the line that has not
+        self._hash = hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+    def add(self, data: bytes) -> None:
         self._hash.update(data)
-        self._count(data)
         self.bytes += len(data)
-        self._unsynced += len(data)
-        if self._unsynced >= SYNC_EVERY_BYTES:
-            os.fdatasync(self._fd)
-            self._unsynced = 0
-
-    def _count(self, data: bytes) -> None:
         first, *others = data.split(b"\n")
-        self._line_bytes += len(first)
+        self._begun += len(first)
         if others:
-            self.longest = max(self.longest, self._line_bytes, *map(len, others[:-1]))
-            self.lines += len(others)
-            self._line_bytes = len(others[-1])
-        self.longest = max(self.longest, self._line_bytes)
-
-    def finish(self, *, lines: int, longest: int, size: int, sha256: bytes) -> None:
-        """Sync it, file and name.
-
-        Raises:
-            InputMismatch: it is not what the header said.
-        """
-        for what, announced, came in (("bytes", size, self.bytes), ("lines", lines, self.items)):
-            if announced != came:
-                raise InputMismatch(f"the header says {announced} {what}, {came} came")
-        if self.longest > longest:
-            raise InputMismatch(f"the header says that lines have at most {longest} bytes, one has {self.longest}")
-        if self.sha256 != sha256:
-            raise InputMismatch("the SHA-256 of the bytes is not the header's")
-        self.settle()
+            self.longest = max(self.longest, self._begun, *map(len, others[:-1]))
+            self._ended += len(others)
+            self._begun = len(others[-1])
+        self.longest = max(self.longest, self._begun)
 
     @property
     def items(self) -> int:
-        """Lines, the last one counted though it lacks its newline."""
-        return self.lines + (self._line_bytes > 0)
+        """Lines, the last one counted though it may lack its newline."""
+        return self._ended + (self._begun > 0)
 
     @property
     def sha256(self) -> bytes:
         return self._hash.digest()
 
+    def check(self, *, items: int, longest: int, size: int, sha256: bytes) -> None:
+        """Raises: InputMismatch where it is not what the header said."""
+        for what, announced, came in (("bytes", size, self.bytes), ("lines", items, self.items)):
+            if announced != came:
+                raise InputMismatch(f"the header says {announced} {what}, {came} came")
+        if self.longest > longest:
+            raise InputMismatch(
+                f"the header says that lines have at most {longest} bytes, one has {self.longest}"
+            )
+        if self.sha256 != sha256:
+            raise InputMismatch("the SHA-256 of the bytes is not the header's")
+
+
+class Incoming:
+    """One input on its way in."""
+
+    def __init__(self, folder: int, name: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._folder = folder
+        self._fd = os.open(name, flags, 0o600, dir_fd=folder)
+        self._unsynced = 0
+        self.tally = Tally()
+
+    def write(self, data: bytes) -> None:
+        _write_all(self._fd, data)
+        self.tally.add(data)
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_EVERY_BYTES:
+            os.fdatasync(self._fd)
+            self._unsynced = 0
+
     def settle(self) -> None:
-        """Sync file and name, whatever came."""
+        """Sync file and name: a record may now rely on it."""
         os.fsync(self._fd)
         os.fsync(self._folder)
         self.close()
@@ -113,6 +115,15 @@ class Incoming:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """Which items of a final job are to be tried again."""
+
+    job_id: int
+    failed_only: bool
+    results_bytes: int  # how much of the outputs counts: the checkpoint's lengths
+    errors_bytes: int
 
 
 def measure(data: bytes) -> tuple[int, int, bytes]:
@@ -223,28 +234,39 @@ class Spool:
                 swept += 1
         return swept
 
-    def select(
-        self, job_id: int, reservation_id: int, *, failed_only: bool, counted: tuple[int, int]
-    ) -> Incoming:
-        """Gather the items of a final job that are to be tried again, with their original line numbers.
-
-        counted: how many bytes of results and errors count (the checkpoint's). The caller finishes or discards.
+    def weigh(self, choice: Choice) -> Tally:
+        """What a retry's input will be.
 
         Raises:
             FileNotFoundError: the job's input is gone.
         """
-        folder = self._open_job(job_id)
+        tally = Tally()
+        for _, line in self._chosen(choice):
+            tally.add(line + b"\n")
+        return tally
+
+    def select(self, choice: Choice, reservation_id: int) -> Incoming:
+        """Write a retry's input, and beside it the line numbers its items had in the first job of the chain.
+
+        Raises: as weigh.
+        """
+        chosen = self.incoming(reservation_id)
+        numbers = bytearray()
+        for number, line in self._chosen(choice):
+            chosen.write(line + b"\n")
+            numbers += b"%d\n" % number
+        _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
+        return chosen
+
+    def _chosen(self, choice: Choice) -> Iterator[tuple[int, bytes]]:
+        folder = self._open_job(choice.job_id)
         try:
-            done = set(_recorded(folder, RESULTS, counted[0]))
-            failed = set(_recorded(folder, ERRORS, counted[1])) if failed_only else set()
-            chosen = self.incoming(reservation_id)
-            numbers = bytearray()
-            for number, line in _original(folder):
-                if (number in failed) if failed_only else (number not in done):
-                    chosen.write(line + b"\n")
-                    numbers += b"%d\n" % number
-            _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
-            return chosen
+            if choice.failed_only:
+                failed = set(_recorded(folder, ERRORS, choice.errors_bytes))
+                yield from ((number, line) for number, line in _original(folder) if number in failed)
+            else:
+                done = set(_recorded(folder, RESULTS, choice.results_bytes))
+                yield from ((number, line) for number, line in _original(folder) if number not in done)
         finally:
             os.close(folder)
 
@@ -256,6 +278,12 @@ class Spool:
         return os.open(
             str(job_id), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._jobs
         )
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _exists(name: str, folder: int) -> bool:
@@ -285,9 +313,7 @@ def _write_synced(folder: int, name: str, data: bytes) -> None:
         part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
     )
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        _write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import errno
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -22,14 +23,15 @@ import trio
 from gpujobd import protocol, server, views
 from gpujobd.connection import Connection
 from gpujobd.core import inputs, model
-from gpujobd.core.decide import Refused, find_submitted
+from gpujobd.core.admission import Refused, find_submitted
+from gpujobd.core.decide import decide
 from gpujobd.core.events import AnyEvent, Reserved, Submitted
 from gpujobd.core.inputs import Submission
 from gpujobd.core.model import FINAL, S_NS
 from gpujobd.journal import JournalDead
 from gpujobd.outlooks import Outlooks
 from gpujobd.protocol import ErrorCode
-from gpujobd.spool import Incoming, InputMismatch, Spool, measure
+from gpujobd.spool import Choice, Incoming, InputMismatch, Spool, Tally, measure
 from gpujobd.turns import Outcome, Turns
 
 WRITERS_MAX: Final = 4  # threads that write inputs at a time
@@ -80,15 +82,9 @@ class Submissions:
 
     def _try(self, c: Connection, request: protocol.Submit, submission: Submission) -> None:
         """What would happen: decided for real, then thrown away."""
-        from gpujobd.core.decide import decide  # noqa: PLC0415
-
         try:
-            decide(
-                self._turns.head,
-                self._turns.rules,
-                inputs.Submit(who=c.who, submission=submission, inline=b"\n"),
-                0,
-            )
+            given = inputs.Submit(who=c.who, submission=submission, inline=b"\n")
+            decide(self._turns.head, self._turns.rules, given, time.time_ns())
         except Refused as refusal:
             server.fail(c, request.id, refusal)
             return
@@ -139,7 +135,7 @@ class Submissions:
             del self._uploads[c][request.id]
             await self._finish(c, request.id, upload)
             c.owes_by = trio.current_time() + CHUNK_S if self._uploads[c] else math.inf
-        elif upload.incoming.bytes + len(request.data) > upload.submission.input_bytes:
+        elif upload.incoming.tally.bytes + len(request.data) > upload.submission.input_bytes:
             self._give_up(c, request.id, ErrorCode.BAD_INPUT, "more bytes came than the header says")
         else:
             try:
@@ -151,15 +147,13 @@ class Submissions:
     async def _finish(self, c: Connection, request_id: int, upload: Upload) -> None:
         header = upload.submission
         try:
-            await trio.to_thread.run_sync(
-                lambda: upload.incoming.finish(
-                    lines=header.items,
-                    longest=header.item_bytes,
-                    size=header.input_bytes,
-                    sha256=header.input_sha256,
-                ),
-                limiter=self._writers,
+            upload.incoming.tally.check(
+                items=header.items,
+                longest=header.item_bytes,
+                size=header.input_bytes,
+                sha256=header.input_sha256,
             )
+            await trio.to_thread.run_sync(upload.incoming.settle, limiter=self._writers)
         except (InputMismatch, OSError) as error:
             code, message = (
                 (ErrorCode.BAD_INPUT, str(error)) if isinstance(error, InputMismatch) else _disk(error)
@@ -205,18 +199,25 @@ class Submissions:
                 f"job {job.job_id} is {job.state}: only a final job can be retried",
             )
             return
-        earlier = self._turns.state.submit_ids.get(request.submit_id, {}).get(c.who.uid, 0)
+        earlier = self._turns.state.book.submit_ids.get(c.who.uid, {}).get(request.submit_id, 0)
         known = self._turns.state.jobs.get(earlier)
         if known is not None and known.retry_of == job.job_id:  # said before, and the answer was lost
             c.finish(protocol.Accepted(id=request.id, job=earlier))
             return
-        chosen = job.checkpoint.failed if request.failed_items else job.items - job.checkpoint.done
-        if not chosen:
-            what = "no failed items" if request.failed_items else "no items left to do"
-            c.fail(request.id, ErrorCode.BAD_STATE, f"job {job.job_id} has {what}")
-            return
+        choice = Choice(
+            job_id=job.job_id,
+            failed_only=request.failed_items,
+            results_bytes=job.checkpoint.results_bytes,
+            errors_bytes=job.checkpoint.errors_bytes,
+        )
         try:
-            await self._retry(c, request, job, chosen)
+            await self._prepare(job)
+            tally = await trio.to_thread.run_sync(self._spool.weigh, choice, limiter=self._writers)
+            if tally.items:
+                await self._retry(c, request.id, _again(job, request, tally), choice)
+            else:
+                what = "no failed items" if request.failed_items else "no items left to do"
+                c.fail(request.id, ErrorCode.BAD_STATE, f"job {job.job_id} has {what}")
         except (Refused, JournalDead) as error:
             server.fail(c, request.id, error)
         except FileNotFoundError:
@@ -224,43 +225,21 @@ class Submissions:
         except OSError as error:
             c.fail(request.id, *_disk(error))
 
-    async def _retry(self, c: Connection, request: protocol.Retry, job: model.Job, chosen: int) -> None:
-        header = _again(job, request, chosen)
-        reserved = await self._turns.asked(inputs.Reserve(who=c.who, submission=header))
-        room = next((event for event in reserved if isinstance(event, Reserved)), None)
-        if room is None:
-            self._accepted(c, request.id, header, reserved)
-            return
-        incoming: Incoming | None = None
-        submitted = False
-        try:
-            await self._prepare(job)
-            incoming = await trio.to_thread.run_sync(
-                lambda: self._spool.select(
-                    job.job_id,
-                    room.reservation_id,
-                    failed_only=request.failed_items,
-                    counted=(job.checkpoint.results_bytes, job.checkpoint.errors_bytes),
-                ),
-                limiter=self._writers,
-            )
-            await trio.to_thread.run_sync(incoming.settle)
-            real = msgspec.structs.replace(
-                header,
-                items=incoming.items,
-                input_bytes=incoming.bytes,
-                input_sha256=incoming.sha256,
-                item_bytes=incoming.longest,
-            )
-            given = inputs.Submit(who=c.who, submission=real, reservation_id=room.reservation_id)
-            outcome = await self._turns.asked(given)
-            submitted = True
-            self._accepted(c, request.id, real, outcome)
-        finally:
-            if incoming is not None:
-                incoming.close()
-            if not submitted:
-                self._turns.put(inputs.Release(reservation_id=room.reservation_id))
+    async def _retry(self, c: Connection, request_id: int, header: Submission, choice: Choice) -> None:
+        outcome = await self._turns.asked(inputs.Reserve(who=c.who, submission=header))
+        room = next((event.reservation_id for event in outcome if isinstance(event, Reserved)), 0)
+        if room:
+            try:
+                incoming = await trio.to_thread.run_sync(
+                    self._spool.select, choice, room, limiter=self._writers
+                )
+                await trio.to_thread.run_sync(incoming.settle, limiter=self._writers)
+                given = inputs.Submit(who=c.who, submission=header, reservation_id=room)
+                outcome = await self._turns.asked(given)
+            except BaseException:
+                self._turns.put(inputs.Release(reservation_id=room))
+                raise
+        self._accepted(c, request_id, header, outcome)
 
 
 def _submission(request: protocol.Submit) -> Submission:
@@ -304,15 +283,15 @@ def _check_inline(request: protocol.Submit) -> None:
         raise ValueError(f"a line has {longest} bytes, the header says {request.item_bytes}")
 
 
-def _again(job: model.Job, request: protocol.Retry, chosen: int) -> Submission:
-    """The header of a retry, as far as it is known before the items are gathered."""
+def _again(job: model.Job, request: protocol.Retry, tally: Tally) -> Submission:
+    """The header of a retry."""
     return Submission(
         submit_id=request.submit_id,
         handler=job.handler,
-        items=chosen,
-        input_bytes=job.input_bytes,
-        input_sha256=job.input_sha256,
-        item_bytes=1,
+        items=tally.items,
+        input_bytes=tally.bytes,
+        input_sha256=tally.sha256,
+        item_bytes=tally.longest,
         tenant=job.tenant,
         name=job.name,
         params=job.params,

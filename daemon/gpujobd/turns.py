@@ -20,8 +20,9 @@ from typing import Final
 
 import trio
 
+from gpujobd.core.admission import Refused
 from gpujobd.core.apply import apply
-from gpujobd.core.decide import Refused, decide
+from gpujobd.core.decide import decide
 from gpujobd.core.events import AnyEvent, encode
 from gpujobd.core.inputs import AnyInput, Tick
 from gpujobd.core.model import Rules, State
@@ -88,13 +89,17 @@ class Turns:
         return outcome
 
     async def run(self) -> None:
-        """Until cancelled. Raises: JournalDead."""
+        """Until cancelled."""
         while True:
             if not self._inbox:
                 with trio.move_on_after(TICK_S):
                     await self._wake.wait()
             self._wake = trio.Event()
-            self.turn(time.time_ns())
+            try:
+                self.turn(time.time_ns())
+            except JournalDead as dead:
+                self.die(dead)
+                await trio.sleep_forever()  # the writer ends the process
             self.turned_at = trio.current_time()
             await trio.lowlevel.checkpoint()
 

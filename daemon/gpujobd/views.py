@@ -146,9 +146,7 @@ def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list
     names = sorted(
         {*counts, *config.file.tenants, *(t for t, record in state.tenants.items() if record.used_ns)}
     )
-    active = [n for n in names if n in counts and counts[n][0] + counts[n][1]]
-    floor = [state.tenants[n].vtime_ns for n in active if n in state.tenants]
-    mean = sum(floor) / len(floor) if floor else 0.0
+    behind = _owed(state, rules, [n for n in names if n in counts and counts[n][0] + counts[n][1]])
     views = []
     for name in names:
         if not wanted(name):
@@ -156,13 +154,12 @@ def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list
         record = state.tenants.get(name)
         queued, running, paused, left = counts.get(name, (0, 0, 0, 0))
         share = rules.share(name)
-        owed = (mean - record.vtime_ns) * share / S_NS if record and name in active else 0.0
         views.append(
             protocol.TenantView(
                 name=name,
                 share=share,
                 served_s=round(record.used_ns / S_NS, 3) if record else 0.0,
-                owed_s=round(owed, 3),
+                owed_s=round(behind.get(name, 0.0), 3),
                 queued=queued,
                 running=running,
                 paused=paused,
@@ -170,6 +167,14 @@ def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list
             )
         )
     return views
+
+
+def _owed(state: State, rules: model.Rules, active: list[str]) -> dict[str, float]:
+    """Seconds by which each tenant that competes is behind the mean virtual time, in its own device time."""
+    level = model.Priority.NORMAL
+    times = {name: state.tenants[name].vtimes_ns[level] for name in active if name in state.tenants}
+    mean = sum(times.values()) / len(times) if times else 0.0
+    return {name: (mean - vtime) * rules.share(name) / S_NS for name, vtime in times.items()}
 
 
 def _counts(jobs: Iterable[model.Job]) -> dict[str, tuple[int, int, int, int]]:
