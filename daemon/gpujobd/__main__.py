@@ -61,5 +61,51 @@ def check(config_file: Path | None) -> None:
         click.echo(f"handler {name}: {handler.entry}, {config.interpreter(handler)}")
 
 
+@main.command()
+@click.option("--state-dir", type=FOLDER, help="Journal and spool.")
+@click.option(
+    "--accept-loss",
+    "losses",
+    multiple=True,
+    metavar="A..B",
+    help="Write a copy without records A to B; may be given several times.",
+)
+@click.option(
+    "--output", type=FOLDER, help="Where the copy goes; the default is journal.repaired beside the journal."
+)
+def fsck(state_dir: Path | None, losses: tuple[str, ...], output: Path | None) -> None:
+    """Read the journal and report; exit status 0 if a start would accept it, 1 if not, 78 if it cannot be read.
+
+    The journal itself is never written: --accept-loss makes a repaired copy, to be put in its place by hand.
+    """
+    from gpujobd import config, fsck  # noqa: PLC0415
+    from gpujobd.recovery import JournalError  # noqa: PLC0415
+
+    journal = (state_dir or config.default_state_dir()) / "journal"
+    try:
+        if not losses:
+            found = fsck.report(journal)
+            click.echo(str(found))
+            sys.exit(0 if found.ok else 1)
+        first, *others = [_range(text) for text in losses]
+        copied = fsck.accept_loss(
+            journal, *first, output or journal.with_name("journal.repaired"), also=others
+        )
+    except JournalError as error:
+        click.echo(f"gpujobd: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"gpujobd: {error.filename or journal}: {error.strerror or error}", err=True)
+        sys.exit(78)
+    click.echo(f"{copied.target}: {copied.records} records, {copied.dropped} readable ones given up")
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, dots, last = text.partition("..")
+    if not (dots and first.isdecimal() and last.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not a range such as 17..20", param_hint="--accept-loss")
+    return int(first), int(last)
+
+
 if __name__ == "__main__":
     main()
