@@ -94,6 +94,7 @@ class Fake:
     def on_lease(self, lease: dict) -> None:
         self.attempt = lease["attempt"]
         self.dir = lease["dir"]
+        self.failed = lease["checkpoint"]["failed"]
         if "leases" in self.params:
             with open(self.params["leases"], "a") as record:
                 record.write(json.dumps({"pid": os.getpid(), **lease}) + "\n")
@@ -108,8 +109,9 @@ class Fake:
         self.attempt = 0
 
     def checkpoint(self, upto: int, **changes: int) -> dict:
-        zero = {"deferred": [], "results_crc": 0, "errors_bytes": 0, "errors_crc": 0, "failed": 0}
-        return {**zero, "upto": upto, "done": upto, "results_bytes": upto * 10, **changes}
+        zero = {"deferred": [], "results_crc": 0, "errors_bytes": 0, "errors_crc": 0}
+        done = {"upto": upto, "done": upto - self.failed, "failed": self.failed, "results_bytes": upto * 10}
+        return {**zero, **done, **changes}
 
     def report(self, kind: str, upto: int, **changes: int) -> None:
         timings = {"load_s": 0, "read_s": 0.1, "compute_s": 0.2, "write_s": 0.1, "sync_s": 0.1}

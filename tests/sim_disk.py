@@ -89,6 +89,7 @@ class SimDisk(Disk):
         self.opened: dict[int, Inode] = {}
         self.locks: set[int] = set()
         self.off = False
+        self.space: int | None = None  # bytes that all files together may take
         self._fds = 10
 
     # --- the world around it -----------------------------------------------------------------------------------
@@ -160,6 +161,9 @@ class SimDisk(Disk):
 
     def pwrite(self, fd: int, piece: bytes, offset: int) -> int:
         fault = self._step(f"pwrite {len(piece)}")
+        growth = offset + len(piece) - len(self.opened[fd].cache)
+        if fault is None and self.space is not None and growth > 0 and self._used() + growth > self.space:
+            fault = errno.ENOSPC
         if fault is None:
             self.opened[fd].write(piece, offset)
             return len(piece)
@@ -193,7 +197,7 @@ class SimDisk(Disk):
         pass
 
     def listdir(self, directory: str) -> list[str]:
-        return [name.rpartition("/")[2] for name in self.names]
+        return [name.rpartition("/")[2] for name in self.names if name.rpartition("/")[0] == directory]
 
     def mkdir(self, directory: str) -> None:
         pass
@@ -220,6 +224,9 @@ class SimDisk(Disk):
 
     def is_locked(self, path: str) -> bool:
         return bool(self.locks)
+
+    def _used(self) -> int:
+        return sum(len(inode.cache) for inode in self.names.values())
 
     def _rename(self, change: dict[str, Inode | None]) -> None:
         _change(self.names, change)

@@ -6,6 +6,7 @@ Rule 1: a verb's module is imported when the verb is used: the table below is al
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
     "jobctl",
     cls=Verbs,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    add_help_option=False,
     params=[
         *common_options(),
         click.Option(
@@ -139,7 +140,22 @@ def run(arguments: Sequence[str]) -> int:
         return failure.exit if isinstance(failure, Failure) else failure.exit_code
     except click.Abort:
         return Exit.INTERRUPTED
+    except OSError as error:  # of stdout, mostly: a full disk; the socket's never come this far
+        where = f"{error.filename}: " if error.filename else "cannot write: "
+        sys.stderr.write(f"jobctl: {where}{error.strerror or error}\n")
+        return Exit.FAILED
     return outcome if isinstance(outcome, int) else Exit.OK
+
+
+def _end(code: int) -> NoReturn:
+    """Leave without taking the interpreter apart: that is a tenth of a short command, and the kernel does it too."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"jobctl: cannot write: {error.strerror}\n")
+        code = code or Exit.FAILED
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> NoReturn:
@@ -148,7 +164,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a name that the locale cannot show must not end a table
-    sys.exit(run(sys.argv[1:]))
+    _end(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

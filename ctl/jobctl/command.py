@@ -73,6 +73,12 @@ def _keep_socket(context: click.Context, _: click.Parameter, value: str | None) 
         context.ensure_object(Session).socket = value
 
 
+def _show_help(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(context.get_help(), color=context.color)
+        context.exit()
+
+
 def common_options() -> list[click.Parameter]:
     """Options that may stand before the verb and after it."""
     return [
@@ -89,6 +95,14 @@ def common_options() -> list[click.Parameter]:
             expose_value=False,
             callback=_keep_socket,
             help="Socket of the daemon. [default: $JOBCTL_SOCKET, the user's own daemon, the system's]",
+        ),
+        click.Option(  # click's own looks for a translation of its help text first, and that takes 4 ms
+            ["-h", "--help"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_help,
+            help="Show this message.",
         ),
     ]
 
@@ -113,7 +127,7 @@ Wrapped = Callable[[Callable[..., Exit | None]], Verb]
 
 def verb(name: str) -> Wrapped:
     """Decorate a function as the verb of this name; its docstring is the help."""
-    return click.command(name, cls=Verb, context_settings={"help_option_names": ["-h", "--help"]})
+    return click.command(name, cls=Verb, add_help_option=False)
 
 
 def message_option(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:

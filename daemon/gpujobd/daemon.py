@@ -116,6 +116,7 @@ class Daemon:
             self._outlooks,
             self._spool,
             submissions,
+            self._supervisor,
             self._boot_id,
         )
         self._turns.followers += [

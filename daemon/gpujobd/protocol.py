@@ -215,19 +215,23 @@ class Retry(Request, frozen=True, tag="retry"):
     job: int
     submit_id: str
     failed_items: bool = False
+    message: str = ""
 
 
 class SetPriority(Request, frozen=True, tag="priority"):
     job: int
     priority: str
+    message: str = ""
 
 
 class First(Request, frozen=True, tag="first"):
     job: int
+    message: str = ""
 
 
 class Remove(Request, frozen=True, tag="rm"):
     job: int
+    message: str = ""
 
 
 class Queue(Request, frozen=True, tag="queue"):

@@ -32,6 +32,7 @@ from gpujobd.outlooks import Outlooks
 from gpujobd.protocol import AnyRequest, ErrorCode
 from gpujobd.spool import Spool
 from gpujobd.submissions import Submissions
+from gpujobd.supervisor import Supervisor
 from gpujobd.turns import Outcome, Turns
 
 log = logging.getLogger("gpujobd.server")
@@ -57,6 +58,7 @@ class Server:
         outlooks: Outlooks,
         spool: Spool,
         submissions: Submissions,
+        supervisor: Supervisor,
         boot_id: str,
     ) -> None:
         self._turns = turns
@@ -66,6 +68,7 @@ class Server:
         self._outlooks = outlooks
         self._spool = spool
         self._submissions = submissions
+        self._supervisor = supervisor
         self._boot_id = boot_id
         self._uids: Counter[int] = Counter()
         self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
@@ -280,7 +283,7 @@ class Server:
             protocol.StatusTable(
                 id=request.id,
                 switches=views.switches(state),
-                devices=[views.device(d, sees, state) for d in state.devices.values()],
+                devices=self._device_views(c.who),
                 running=[self._view(job) for job in running if sees(job)],
                 waiting=[self._view(job) for job in waiting[: protocol.PAGE_JOBS_MAX]],
                 paused=paused,
@@ -308,11 +311,14 @@ class Server:
         c.finish(protocol.TenantList(id=request.id, tenants=views.tenants(self._state, self._config, wanted)))
 
     def _devices(self, c: Connection, request: protocol.Devices) -> None:
-        def sees(job: model.Job) -> bool:
-            return allowed("show", c.who, job)
+        c.finish(protocol.DeviceList(id=request.id, devices=self._device_views(c.who)))
 
-        found = [views.device(d, sees, self._state) for d in self._state.devices.values()]
-        c.finish(protocol.DeviceList(id=request.id, devices=found))
+    def _device_views(self, who: Who) -> list[protocol.DeviceView]:
+        def sees(job: model.Job) -> bool:
+            return allowed("show", who, job)
+
+        state, hardware = self._state, self._supervisor.hardware
+        return [views.device(d, sees, state, hardware(d.name)) for d in state.devices.values()]
 
     # --- streams ------------------------------------------------------------------------------------------------
 

@@ -292,7 +292,9 @@ class Supervisor:
     async def _wait_for_lock(self, grant: Grant, folder: Path) -> None:
         """A worker of an earlier daemon may still live: it holds the lock on what it writes."""
         began, said = trio.current_time(), False
-        while not grant.over and not await trio.to_thread.run_sync(lock_is_free, folder):
+        while not grant.over and not await trio.to_thread.run_sync(
+            lock_is_free, folder, abandon_on_cancel=True
+        ):
             if trio.current_time() >= began + UNKILLABLE_S and not said:
                 said = True
                 detail = f"the lock of job {grant.job.job_id} is held by a process of an earlier lease"

@@ -15,6 +15,7 @@ from gpujobd.core import model, policy
 from gpujobd.core.events import AnyEvent, Submitted
 from gpujobd.core.forecast import Outlook
 from gpujobd.core.model import FINAL, S_NS, JobState, State
+from gpujobd.supervisor import Hardware
 
 Names = Callable[[int], str]
 WITHHELD: Final = frozenset({"input", "input_sha256", "submit_ids", "submit_id", "reservation_id"})
@@ -101,18 +102,23 @@ def _timings(j: model.Job) -> protocol.JobTimings | UnsetType:
     )
 
 
-def device(d: model.Device, sees: Callable[[model.Job], bool], state: State) -> protocol.DeviceView:
+def device(
+    d: model.Device, sees: Callable[[model.Job], bool], state: State, hardware: Hardware | None
+) -> protocol.DeviceView:
     """One device; whose job it runs is told only to those who may see the job."""
     running = state.jobs.get(d.lease.job_id) if d.lease else None
-    shown = running is not None and sees(running)
+    shown = running if running is not None and sees(running) else None
     return protocol.DeviceView(
         name=d.name,
         state=d.state,
         loaded=list(d.loaded),
         reason=d.reason or UNSET,
         reason_detail=d.reason_detail or UNSET,
-        job=running.job_id if running is not None and shown else UNSET,
-        tenant=running.tenant if running is not None and shown else UNSET,
+        job=shown.job_id if shown else UNSET,
+        tenant=shown.tenant if shown else UNSET,
+        hardware=hardware.name if hardware else UNSET,
+        memory_bytes=hardware.memory_bytes if hardware and hardware.memory_bytes else UNSET,
+        memory_total_bytes=hardware.memory_total_bytes if hardware and hardware.memory_total_bytes else UNSET,
     )
 
 

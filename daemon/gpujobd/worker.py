@@ -10,8 +10,8 @@
     LEASED        yielded, finished,       yield: say so             silent, stalled: DUMPING  CLEARING
                   lost (device well):      fence: CLEARING
                   IDLE
-                  lost (poisoned, canary
-                  failed): LEAVING
+                  lost (device or process
+                  unwell): LEAVING
     LEAVING       -                        -                         SIGTERM: TERMINATING      CLEARING
     DUMPING       checkpoint: report it    -                         SIGTERM: TERMINATING      CLEARING
     TERMINATING   checkpoint: report it    -                         CLEARING                  CLEARING
@@ -43,7 +43,7 @@ import trio
 from gpujobd import worker_messages as messages
 from gpujobd.config import Config, Handler, interpreter, threads
 from gpujobd.core import inputs
-from gpujobd.core.model import Timings
+from gpujobd.core.model import Span, Timings
 from gpujobd.grant import Grant, lock_is_free, read_suspects
 from gpujobd.worker_process import WorkerProcess, why_it_died
 
@@ -126,6 +126,7 @@ class Worker:
         self._process: WorkerProcess | None = None
         self._condemned = trio.Event()
         self._cause = self._detail = ""  # of its end, the first that was found
+        self._blames_items = True  # whether what was in hand at its end may have caused it
         self._due = math.inf  # when the present phase has lasted too long
         self._heard_at = self._moved_at = trio.current_time()
         self._tail = bytearray()
@@ -189,7 +190,11 @@ class Worker:
         if not await process.kill() or not process.died.is_set():
             return f"process {process.pid} or one it started lives on after SIGKILL"
         folder = self.grant.folder if self.grant else None
-        if self.grant and folder and not await trio.to_thread.run_sync(lock_is_free, folder):
+        if (
+            self.grant
+            and folder
+            and not await trio.to_thread.run_sync(lock_is_free, folder, abandon_on_cancel=True)
+        ):
             return f"the lock of job {self.grant.job.job_id} is held after its worker's death"
         return ""
 
@@ -202,10 +207,14 @@ class Worker:
         grant = self.grant
         if grant is None or grant.over:
             return
-        assert grant.folder is not None
-        suspects = await trio.to_thread.run_sync(read_suspects, grant.folder, grant.attempt, grant.job.items)
+        suspects: tuple[Span, ...] = ()
+        if self._blames_items:
+            assert grant.folder is not None
+            suspects = await trio.to_thread.run_sync(
+                read_suspects, grant.folder, grant.attempt, grant.job.items, abandon_on_cancel=True
+            )
         await self._close_log(grant)
-        cause = "canary" if grant.canary else self._cause
+        cause = "canary" if grant.canary and self._blames_items else self._cause
         lost = inputs.Lost(
             device=self.device,
             attempt=grant.attempt,
@@ -408,6 +417,7 @@ class Worker:
             self._report_work(grant, inputs.CheckpointReached, message)
         if message.cause in messages.LAST_WORDS:
             self._cause, self._detail = message.cause, message.detail
+            self._blames_items = message.cause == "poisoned"  # else it knows better: a file, a busy lock
             self._enter(Phase.LEAVING, LEAVE_S)
             return
         self._end_lease()

@@ -156,8 +156,8 @@ class CanaryPassed(Quoting, frozen=True, tag="canary"):
     pass
 
 
-LostCause = Literal["poisoned", "canary", "disk_full", "output_damaged", "failures_max", "input_lost"]
-LAST_WORDS: Final = frozenset({"poisoned", "canary"})  # the process exits after these
+LostCause = Literal["died", "poisoned", "canary", "disk_full", "output_damaged", "failures_max", "input_lost"]
+LAST_WORDS: Final = frozenset({"died", "poisoned", "canary"})  # the process exits after these
 
 
 class Lost(Quoting, frozen=True, tag="lost"):

@@ -199,7 +199,8 @@ class WorkerProcess:
         """SIGKILL all of it once. Whether nothing is left: dead and reaped, and no kin."""
         if self.status is None:
             self._process.kill()
-        left = await trio.to_thread.run_sync(_kill, self.kin)
+        # Given up when time is: /proc of a process in an uninterruptible sleep can block its reader, too.
+        left = await trio.to_thread.run_sync(_kill, self.kin, abandon_on_cancel=True)
         return self.status is not None and not left
 
     async def end(self, limit_s: float = 5.0) -> bool:
@@ -217,7 +218,8 @@ class WorkerProcess:
         """Close the pipes, remove the cgroup."""
         await trio.aclose_forcefully(self._end)
         await trio.aclose_forcefully(self._output)
-        await trio.to_thread.run_sync(self.kin.bury)
+        with trio.move_on_after(1.0):
+            await trio.to_thread.run_sync(self.kin.bury, abandon_on_cancel=True)
 
 
 def _confine(pid: int, kin: Kin) -> None:

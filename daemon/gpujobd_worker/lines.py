@@ -8,6 +8,7 @@ Rule 3: memory is bounded: blocks of READ_BYTES, lines of LINE_BYTES_MAX, CHUNKS
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import time
@@ -70,6 +71,8 @@ def _parse_slowly(text: bytes) -> Item:
         return Failure(ITEM_TOO_LARGE, f"the line is longer than {LINE_BYTES_MAX} bytes")
     if not text.strip():
         return Failure(BAD_JSON, "the line is blank")
+    if text.startswith(codecs.BOM_UTF8):
+        return Failure(BAD_JSON, "the line begins with a byte order mark")
     try:
         item = _decoder.decode(text.decode())
     except RecursionError:

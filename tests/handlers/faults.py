@@ -20,33 +20,39 @@ class AcceleratorError(RuntimeError):
     """Named and based as torch's own (since 2.8)."""
 
 
+def _wrapped():
+    """An exception of a library, raised from torch's."""
+    wrapper = ValueError("generation failed")
+    wrapper.__cause__ = OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    return wrapper
+
+
 SHORT_OF_MEMORY = {
-    "tidy": lambda: OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
-    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in ..."),
+    "tidy": lambda: OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+    ),
+    "cublas": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "cudnn": lambda: RuntimeError(
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in ..."
+    ),
     "accelerator": lambda: AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
     "cpu": lambda: RuntimeError(
         "[enforce fail at alloc_cpu.cpp:116] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 123 bytes. Error code 12 (Cannot allocate memory)"
     ),
-    "python": lambda: MemoryError(),
-    "wrapped": lambda: _wrapped(),
+    "python": MemoryError,
+    "wrapped": _wrapped,
 }
 POISON = {
-    "assert": lambda: AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ..."),
+    "assert": lambda: AcceleratorError(
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be ..."
+    ),
     "old assert": lambda: RuntimeError("CUDA error: device-side assert triggered"),
     "illegal": lambda: RuntimeError("CUDA error: an illegal memory access was encountered"),
     "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
 }
-
-
-def _wrapped():
-    try:
-        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    except OutOfMemoryError as error:
-        wrapper = ValueError("generation failed")
-        wrapper.__cause__ = error
-        return wrapper
 
 
 class Faulty:
@@ -66,7 +72,7 @@ class Faulty:
         if self.side is not None:
             os.write(self.side, f"{len(batch)}: {' '.join(item['text'] for item in batch)}\n".encode())
         if self.fits and len(batch) > self.fits:
-            raise SHORT_OF_MEMORY[self.short]()
+            raise SHORT_OF_MEMORY[self.short]()  # noqa: RSE102 - a factory
         for item in batch:
             self.suffer(item)
         return [self.output(item) for item in batch]
@@ -93,9 +99,9 @@ class Faulty:
         elif do == "raise text":
             raise ValueError(what)
         elif do == "short":
-            raise SHORT_OF_MEMORY[what]()
+            raise SHORT_OF_MEMORY[what]()  # noqa: RSE102 - a factory
         elif do == "poison":
-            raise POISON[what]()
+            raise POISON[what]()  # noqa: RSE102 - a factory
 
     def output(self, item):
         do = item.get("do", "")

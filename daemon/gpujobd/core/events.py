@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import msgspec
 
-from gpujobd.core.model import Checkpoint, ParamValue, Priority, Reason, Span, Timings, YieldWhy
+from gpujobd.core.model import (
+    Checkpoint,
+    ParamValue,
+    Priority,
+    Reason,
+    Span,
+    Timings,
+    YieldWhy,
+)
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True, gc=False):
     at_ns: int
 
 
@@ -100,6 +108,12 @@ class InputsSpooled(Event, frozen=True, tag="inputs_spooled"):
     job_ids: tuple[int, ...]
 
 
+class Woken(Event, frozen=True, tag="woken"):
+    """The begin time or the backoff of these jobs is over: they stand in line."""
+
+    job_ids: tuple[int, ...]
+
+
 class PriorityChanged(Event, frozen=True, tag="priority_changed"):
     job_id: int
     priority: Priority
@@ -138,7 +152,7 @@ class Expired(Event, frozen=True, tag="expired"):
 
 class Failed(Event, frozen=True, tag="failed"):
     job_id: int
-    reason: str  # HandlerFailing, FailuresMax, InputLost
+    reason: Reason  # HandlerFailing, FailuresMax, InputLost
     detail: str = ""
 
 
@@ -150,9 +164,9 @@ class Removed(Event, frozen=True, tag="removed"):
 
 
 class SubmitIdsForgotten(Event, frozen=True, tag="submit_ids_forgotten"):
-    """Submit ids of removed jobs, kept for at least seven days."""
+    """The submit ids of these removed jobs were kept for seven days."""
 
-    submit_ids: tuple[str, ...]
+    job_ids: tuple[int, ...]
 
 
 # --- leases ---------------------------------------------------------------------------------------------------
@@ -162,7 +176,9 @@ class Leased(Event, frozen=True, tag="leased"):
     device: str
     job_id: int
     attempt: int
+    level: Priority  # at which it competes: aging may have lifted it
     turn_ns: int = 0  # a new turn of this length begins; 0: the tenant's turn goes on
+    canary: bool = False  # the device is on trial, or lines wait for a canary
 
 
 class HandlerLoaded(Event, frozen=True, tag="handler_loaded"):
@@ -231,11 +247,13 @@ class LeaseLost(Event, frozen=True, tag="lease_lost"):
 
     job_id: int
     attempt: int
-    cause: str  # died, silent, stalled, poisoned, daemon, canary, disk_full, output_damaged
+    cause: str  # died, silent, stalled, poisoned, lied, daemon, canary, disk_full, output_damaged,
+    # failures_max, input_lost; lied: it reported what cannot be
     detail: str = ""
     suspects: tuple[Span, ...] = ()  # in hand when it happened: to be redone one by one
     blamed: int = 0  # a line that was alone in hand; 0: none
     canary_due: tuple[int, ...] = ()  # lines to be failed after a canary
+    condemned: tuple[int, ...] = ()  # lines to be failed without one: the job has no other line to try
     retry_at_ns: int = 0
     used_ns: int = 0
     vtime_ns: int = 0
@@ -271,6 +289,7 @@ AnyEvent = (
     | ReservationReleased
     | Submitted
     | InputsSpooled
+    | Woken
     | PriorityChanged
     | MovedFirst
     | Paused

@@ -21,6 +21,7 @@ class Who(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""  # user name; also the name of the user's own tenant
     admin: bool = False
     observer: bool = False
+    high: bool = False  # may use priority high without being an administrator
     tenants: frozenset[str] = frozenset()  # tenants this user may submit as, own tenant included
 
 
@@ -70,6 +71,7 @@ class Submit(Input, frozen=True):
     submission: Submission
     reservation_id: int = 0
     inline: bytes = b""
+    forecast_ns: int = 0  # the finish the shell forecasts now, kept to be measured against; 0: none
 
 
 class Cancel(Input, frozen=True):
@@ -149,7 +151,10 @@ class DiskSpace(Input, frozen=True):
 
 
 class Retain(Input, frozen=True):
-    """Time to apply retention: final jobs past `final_days`, outputs beyond `outputs_bytes_max`."""
+    """Time to apply retention: final jobs past `final_days`, outputs beyond `outputs_bytes_max`.
+
+    One call does a bounded piece; repeat it until it gives no events.
+    """
 
 
 class Tick(Input, frozen=True):
@@ -208,7 +213,9 @@ class Lost(Report, frozen=True):
 
     cause: str  # died, silent, stalled, poisoned, canary, disk_full, output_damaged, failures_max, input_lost
     detail: str = ""
-    suspects: tuple[Span, ...] = ()  # the call in hand and the one before it
+    suspects: tuple[
+        Span, ...
+    ] = ()  # the call in hand, then the one before it; Span(0, 0) where there was none
 
 
 class CanaryOk(Report, frozen=True):

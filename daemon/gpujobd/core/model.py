@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 
 S_NS: Final = 1_000_000_000
+DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
 
 
 class JobState(enum.StrEnum):
@@ -63,7 +64,7 @@ class Priority(enum.IntEnum):
 
 
 class Reason(enum.StrEnum):
-    """Why a job waits, in one word: wire format, add but never rename."""
+    """Why a job waits, or why it failed, in one word: wire format, add but never rename."""
 
     PRIORITY = "Priority"
     FAIR_SHARE = "FairShare"
@@ -82,6 +83,9 @@ class Reason(enum.StrEnum):
     DEVICE_BUSY_ELSEWHERE = "DeviceBusyElsewhere"
     CRASH_LOOP = "CrashLoop"
     OUTPUT_DAMAGED = "OutputDamaged"
+    # Of failed jobs only; a job can fail with HandlerFailing, too.
+    FAILURES_MAX = "FailuresMax"
+    INPUT_LOST = "InputLost"
 
 
 class YieldWhy(enum.StrEnum):
@@ -96,14 +100,14 @@ class YieldWhy(enum.StrEnum):
     STOPPING = "stopping"  # paused: DaemonStopping
 
 
-class Deferred(msgspec.Struct, frozen=True, array_like=True):
+class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An item that asked to be tried again at the end of the job (`Transient`)."""
 
     line: int
     tries: int
 
 
-class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """The point a job resumes from. Both output files were synced up to these lengths before it was reported.
 
     Invariant: done + failed + len(deferred) == upto, until the deferred are being tried (upto == items).
@@ -119,7 +123,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0  # error records
 
 
-class Timings(msgspec.Struct, frozen=True, kw_only=True):
+class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """Seconds spent in each stage of a job, summed over its leases. Stages overlap: they are pipelined."""
 
     load_s: float = 0.0
@@ -138,7 +142,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Lines first..last, both included: the items one call of the handler got."""
 
     first: int
@@ -147,9 +151,16 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 ParamValue = str | int | float | bool
 
+# Shared by every job that has none: containers in a record are replaced, never changed in place.
+NO_PARAMS: Final[dict[str, ParamValue]] = {}
+NO_DEATHS: Final[dict[int, int]] = {}
 
-class Job(msgspec.Struct, kw_only=True):
-    """One submission by one tenant."""
+
+class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
+    """One submission by one tenant.
+
+    gc=False: it refers to nothing that could refer back, and the collector need not walk 100,000 of them.
+    """
 
     # Persistent: what was submitted.
     job_id: int
@@ -168,33 +179,45 @@ class Job(msgspec.Struct, kw_only=True):
     failures_max: int = -1  # -1: any number of items may fail
     retry_of: int = 0  # 0: not a retry
     inline_seq: int = 0  # journal record that holds the input; 0: the spool does
+    reservation_id: int = 0  # Submitted.reservation_id: its input came in as the spool's incoming/<this>
 
     # Persistent: where it is now.
     state: JobState = JobState.QUEUED
     priority: Priority = Priority.NORMAL
+    level: Priority = Priority.NORMAL  # of the latest lease: aging may have lifted it above `priority`
     line_key: int = 0  # order in the tenant's own line, smallest first; set at submission, `first` lowers it
+    asleep: bool = False  # queued, and waits for `wake_ns` before it stands in line
     reason: Reason | None = None  # of a pause or a failure; reasons for waiting are computed, not stored
     reason_detail: str = ""
     checkpoint: Checkpoint = Checkpoint()
     attempt: int = 0  # number of the latest lease
     interruptions: int = 0  # leases that ended without yield or finish
+    losses: int = 0  # leases lost in a row without progress: the backoff grows with it
     unclean_stops: int = 0  # daemon stops in a row with a batch in hand at this same checkpoint
     load_failures: int = 0  # in a row
     retry_at_ns: int = 0  # backoff: no lease before
     suspects: tuple[Span, ...] = ()  # to be redone one by one
     deaths: dict[int, int] = {}  # line -> workers that died with this line alone in hand
     canary_due: tuple[int, ...] = ()  # lines to be failed with `worker_lost` once a canary has passed
+    condemned: tuple[int, ...] = ()  # the canary passed: the worker fails these lines and never tries them
     used_ns: int = 0  # device time charged to it so far
     timings: Timings = Timings()
     device: str = ""  # of the latest lease
-    queued_ns: int = 0  # since when it waits; aging counts from here
+    queued_ns: int = 0  # since when it waits, moved back by earlier waits: aging adds up
+    waited_ns: int = 0  # waits that are over
     started_ns: int = 0  # of the first lease
     finished_ns: int = 0
     forecast_ns: int = 0  # the finish that was forecast when it was submitted; 0: none
+    changed_seq: int = 0  # of the last event that named this job; apply() sets it
 
     def enter(self, state: JobState) -> None:
         assert state in NEXT[self.state], (self.job_id, self.state, state)
         self.state = state
+
+    @property
+    def wake_ns(self) -> int:
+        """The earliest start; 0: at once."""
+        return max(self.begin_ns, self.retry_at_ns)
 
     @property
     def left(self) -> int:
@@ -211,10 +234,15 @@ class Lease(msgspec.Struct, kw_only=True):
     handler: str
     tenant: str
     granted_ns: int
+    level: Priority = Priority.NORMAL  # at which it competes and is charged
     used_ns: int = 0  # charged so far
+    loading_ns: int = 0  # of the time still to be charged, what went into loading: not the items' price
+    unpriced_ns: int = 0  # time charged since an item was last counted: belongs to the next ones
     loaded: bool = False  # the worker holds the handler and has the job
+    canary: bool = False  # the worker recomputes a known line before anything else
     yield_why: YieldWhy | None = None
     yield_detail: str = ""
+    yield_by: int = -1  # uid; -1: the daemon
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -238,10 +266,11 @@ class Device(msgspec.Struct, kw_only=True):
     state: DeviceState = DeviceState.OK
     reason: str = ""  # one word: WorkerUnkillable, CanaryFailed, RepeatedFailures
     reason_detail: str = ""
-    failures: int = 0  # leases lost in a row, of different jobs
-    failed_jobs: tuple[int, ...] = ()  # which they were
+    failed_jobs: tuple[int, ...] = ()  # different jobs whose leases were lost here, in a row
+    relapses: int = 0  # times it fell ill without a checkpoint between: the wait for the next try doubles
     retry_at_ns: int = 0  # when an unhealthy device gets its next canary
     loaded: tuple[str, ...] = ()  # handlers held by warm workers, least recently used first
+    since_load_ns: int = 0  # device time charged since a handler was last loaded
     lease: Lease | None = None
     turn: Turn | None = None
 
@@ -250,8 +279,9 @@ class Tenant(msgspec.Struct, kw_only=True):
     """Who is charged."""
 
     name: str
-    vtime_ns: int = 0  # virtual time: device time over share, with no credit for idle time
+    vtimes_ns: tuple[int, int, int] = (0, 0, 0)  # by level: device time over share, no credit for idle time
     used_ns: int = 0  # device time ever charged
+    served_ns: int = 0  # when its latest lease ended
 
 
 class Learned(msgspec.Struct, kw_only=True):
@@ -260,7 +290,9 @@ class Learned(msgspec.Struct, kw_only=True):
     name: str
     load_ns: int = 0  # moving mean of load times; 0: never loaded
     vram_bytes: int = 0  # largest peak seen
-    item_ns: int = 0  # moving mean of device time per item
+    load_spread_ns: int = 0  # moving mean of their distance from the mean
+    item_ns: int = 0  # moving mean of device time per item; 0: none measured
+    item_spread_ns: int = 0  # moving mean of the distance from it
     load_failures: int = 0  # in a row, over all its jobs
     retry_at_ns: int = 0
     failure: str = ""  # the latest load error
@@ -277,12 +309,22 @@ class Reservation(msgspec.Struct, kw_only=True):
     submit_id: str
 
 
-class Switches(msgspec.Struct, kw_only=True):
+class Removal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What is remembered of a removed job, so that a late repeat of its submission finds it."""
+
+    job_id: int
+    owner: int
+    submit_id: str
+    input_sha256: bytes
+    removed_ns: int
+
+
+class Switches(msgspec.Struct, frozen=True, kw_only=True):
     """What `jobctl queue` set; survives a restart. An empty message with a true switch is allowed."""
 
     stopped: bool = False  # start nothing, accept submissions
     disabled: bool = False  # accept no submissions
-    draining: bool = False  # start nothing, let leases end
+    draining: bool = False  # start nothing, let leases end, accept no submissions
     message: str = ""
 
 
@@ -290,7 +332,7 @@ class TenantRule(msgspec.Struct, frozen=True, kw_only=True):
     """[tenants.NAME] of the configuration."""
 
     share: float = 1.0
-    queued_jobs_max: int | None = None
+    queued_jobs_max: int | None = None  # queued + running + paused
 
 
 class ParamRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -327,12 +369,38 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     swap_overhead_max: float = 0.05
     wait_max_ns: int = 1800 * S_NS
     resume_on_start: bool = True
+    disk_low: bool = False  # the shell sees less free space than configured: submissions are refused
     tenants: dict[str, TenantRule] = {}
     handlers: dict[str, HandlerRule] = {}
 
     def share(self, tenant: str) -> float:
         rule = self.tenants.get(tenant)
         return rule.share if rule else 1.0
+
+
+Line = list[Job]  # ready jobs of one tenant, level and handler, by line_key
+Stamps = list[tuple[int, int]]  # (when, job_id), soonest first
+
+
+class Book(msgspec.Struct, kw_only=True):
+    """Indexes over the jobs, all bookkeeping: core/book.py keeps them, and can make them anew."""
+
+    open_jobs: int = 0  # queued, running, paused, and reserved
+    open_items: int = 0  # items of those that still need a try
+    stored_bytes: int = 0  # inputs and outputs of every job, and what is reserved
+    final_bytes: int = 0  # outputs of final jobs
+    jobs_of_tenant: dict[str, int] = {}  # open ones
+    jobs_of_uid: dict[int, int] = {}
+    lines: dict[str, dict[tuple[Priority, str], Line]] = {}  # tenant -> (level, handler) -> ready jobs
+    ready: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0])  # ready jobs by level
+    present: dict[str, list[int]] = {}  # tenant -> by level: jobs ready or running
+    active: tuple[list[tuple[int, str]], ...] = msgspec.field(default_factory=lambda: ([], [], []))
+    """By level: (virtual time, tenant) of every tenant present there, least first."""
+    asleep: Stamps = []  # queued jobs that wait for a time
+    deadlines: Stamps = []  # of open jobs
+    finals: Stamps = []  # when jobs became final
+    inline: dict[int, int] = {}  # job_id -> number of the journal record that holds its input
+    submit_ids: dict[int, dict[str, int]] = {}  # owner uid -> submit_id -> job_id, removed jobs included
 
 
 class State(msgspec.Struct, kw_only=True):
@@ -342,15 +410,19 @@ class State(msgspec.Struct, kw_only=True):
     seq: int = 0  # of the last event applied
     next_job_id: int = 1
     next_reservation_id: int = 1
+    head_key: int = 0  # line_key of the latest job that was put at a head; the next one gets one less
+    vclocks_ns: tuple[int, int, int] = (0, 0, 0)  # by level: virtual time at which a newcomer starts
     jobs: dict[int, Job] = {}
     tenants: dict[str, Tenant] = {}
     devices: dict[str, Device] = {}
     learned: dict[str, Learned] = {}
     reservations: dict[int, Reservation] = {}
-    submit_ids: dict[str, dict[int, int]] = {}  # submit_id -> {owner uid -> job_id}
+    removed: dict[int, Removal] = {}  # oldest first
     switches: Switches = Switches()
-    disk_full: bool = False  # leases yielded with DiskFull; cleared when there is space again
+    disk_full: bool = False  # a write met a full disk; cleared when there is space again
+    disk_detail: str = ""
     stopping: bool = False  # the daemon is on its way down: start nothing
     store_id: str = ""
 
-    # Bookkeeping: see core/policy.py for the lines of waiting jobs.
+    # Bookkeeping.
+    book: Book = msgspec.field(default_factory=Book)

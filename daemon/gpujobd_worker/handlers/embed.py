@@ -194,10 +194,10 @@ def _texts(given: Any) -> list[str]:
 
 
 def _text(given: Any, name: str) -> str:
+    if given is None:
+        raise ValueError(f"{name} is missing")
     if not isinstance(given, str):
-        raise ValueError(
-            f"{name} is missing" if given is None else f"{name} is {type(given).__name__}, not a string"
-        )
+        raise ValueError(f"{name} is {type(given).__name__}, not a string")  # noqa: TRY004 - checks answer with ValueError
     if not given.strip():
         raise ValueError(f"{name} is empty")
     try:
