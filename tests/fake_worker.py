@@ -95,6 +95,7 @@ class Fake:
         self.attempt = lease["attempt"]
         self.dir = lease["dir"]
         self.failed = lease["checkpoint"]["failed"]
+        self.yield_asked = 0  # of a lease before, which may have had the same number
         if "leases" in self.params:
             with open(self.params["leases"], "a") as record:
                 record.write(json.dumps({"pid": os.getpid(), **lease}) + "\n")
@@ -222,20 +223,18 @@ class Fake:
         self.lose(lease, exits=True)
 
     def daemonise(self, _: dict) -> None:
-        """Leave a grandchild in a session of its own, with an empty environment and all descriptors."""
+        """Leave a grandchild in a session of its own; unmarked, it sheds its environment, too."""
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
                 with open(self.params["orphan"], "w") as file:
                     file.write(str(os.getpid()))
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
-                keep = {"pass_fds": ()} if self.params.get("marked") else {}
-                if keep:
+                if self.params["marked"]:
                     time.sleep(600)
                 os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"], {})
             os._exit(0)
         os.wait()
-        while not os.path.exists(self.params["orphan"]) or not open(self.params["orphan"]).read():
+        while not os.path.exists(self.params["orphan"]) or not os.path.getsize(self.params["orphan"]):
             time.sleep(0.01)
         os._exit(7)
 

@@ -192,6 +192,7 @@ class Family:
     def __init__(self, mark: str) -> None:
         self.mark = mark
         self._worker = 0
+        self._orphans: set[int] = set()  # seen before: a zombie shows no environment any more
         self._oom_kills = _oom_kills()
 
     def add(self, pid: int) -> None:
@@ -223,7 +224,9 @@ class Family:
             process = waiting.pop()
             found[process.pid] = process
             waiting += [child for child in children.get(process.pid, []) if child.pid not in found]
-        return [process for process in found.values() if _lives(process)]
+        living = [process for process in found.values() if _lives(process)]
+        self._orphans &= {process.pid for process in living}  # the number of a reaped one is free for others
+        return living
 
     def _is_ours(self, child: psutil.Process) -> bool:
         """Whether a child of the daemon is this worker or an orphan of it.
@@ -233,10 +236,17 @@ class Family:
         """
         if child.pid in _families:
             return child.pid == self._worker
+        if child.pid not in self._orphans and self._is_orphan(child):
+            self._orphans.add(child.pid)
+        return child.pid in self._orphans
+
+    def _is_orphan(self, child: psutil.Process) -> bool:
+        mark = ""
+        with contextlib.suppress(psutil.Error, OSError):
+            mark = child.environ().get(MARK, "")
         try:
             session = os.getsid(child.pid)
-            mark = child.environ().get(MARK, "")
-        except (psutil.Error, OSError):
+        except ProcessLookupError:
             return False
         if mark or session in _families:
             return mark == self.mark or session == self._worker

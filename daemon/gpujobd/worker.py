@@ -266,7 +266,7 @@ class Worker:
             self.grant.yield_asked = True
             self._process.send(messages.Yield(attempt=self.grant.attempt))
 
-    def dismiss(self, limit_s: float = LEAVE_S) -> None:
+    def dismiss(self, limit_s: float | None = None) -> None:
         """Let it go: it holds no lease. One that is still loading would not listen: it is killed."""
         if self.phase is Phase.LOADING:
             self._condemn("dismissed", "not needed any more")
@@ -274,7 +274,7 @@ class Worker:
             assert self._process is not None
             self._cause = "dismissed"
             self._process.send(messages.Exit())
-            self._enter(Phase.LEAVING, limit_s)
+            self._enter(Phase.LEAVING, LEAVE_S if limit_s is None else limit_s)
 
     def kill(self, cause: str, detail: str) -> None:
         """End it at once."""
