@@ -149,3 +149,20 @@ class FakeDaemon:
                 sock.sendmsg([p.frame(step)], rights)
                 fds = []
         return True
+
+
+def a_job(**fields) -> p.Job:
+    """A job as a daemon would show it; `total`, `done` and `failed` are of its items."""
+    import datetime as dt
+
+    items = p.Items(total=fields.pop("total", 10), done=fields.pop("done", 0), failed=fields.pop("failed", 0))
+    known = {
+        "id": 42,
+        "tenant": "alice",
+        "owner": "alice",
+        "handler": "embed",
+        "priority": "normal",
+        "state": "queued",
+        "submitted_at": dt.datetime(2026, 1, 31, 12, 0, tzinfo=dt.UTC),
+    }
+    return p.Job(items=items, **{**known, **fields})

@@ -1,0 +1,70 @@
+# fish completion for jobctl. Words only: no process is started. A test holds it to the options that jobctl has.
+
+set -l verbs submit wait watch output errors status list ls show log events cancel pause resume retry priority first \
+    rm queue handlers tenants device ping completion
+
+complete -c jobctl -f
+complete -c jobctl -l json -d 'Write JSON'
+complete -c jobctl -l socket -r -F -d 'Socket of the daemon'
+complete -c jobctl -s h -l help -d 'Show the help'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -l version -d 'Print the version'
+
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a submit -d 'Submit a file of items as one job'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a wait -d 'Wait until jobs are final'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a watch -d 'Follow one job with a progress bar'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a output -d 'Write a job\'s results'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a errors -d 'Write a job\'s failed items'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a status -d 'What runs, what waits and why'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a 'list ls' -d 'List jobs'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a show -d 'Show all that is known of a job'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a log -d 'What a job\'s worker wrote'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a events -d 'What happened, numbered for ever'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a cancel -d 'Cancel jobs for good'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a pause -d 'Hold jobs until they are resumed'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a resume -d 'Let paused jobs go on'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a retry -d 'A new job of what was left undone'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a priority -d 'Set the level of jobs'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a first -d 'To the head of the tenant\'s line'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a rm -d 'Remove final jobs and their files'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a queue -d 'Stop, start, disable, enable, drain'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a handlers -d 'What jobs can be submitted to'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a tenants -d 'Shares, and who got how much'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a device -d 'The devices and how they are'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a ping -d 'Ask the daemon whether it answers'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a completion -d 'The completion file for a shell'
+
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -F
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l priority -x -a 'high normal low' -d 'Level'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l tenant -x -a '(__fish_complete_users)' -d 'Who is charged'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l name -x -d 'For people'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l param -x -d 'K=V for the handler'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l begin -x -d 'Not before'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l deadline -x -d 'Expires then'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l failures-max -x -d 'Fails if more items failed'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l wait -d 'Wait for its end'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l dry-run -d 'Only say whether it would be accepted'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l no-check -d 'Send the input unread'
+complete -c jobctl -n '__fish_seen_subcommand_from submit' -l submit-id -x -d 'The same word, the same job'
+complete -c jobctl -n '__fish_seen_subcommand_from wait' -l timeout -x -d 'Give up after so long'
+complete -c jobctl -n '__fish_seen_subcommand_from output errors' -s o -l output -r -F -d 'Write it there'
+complete -c jobctl -n '__fish_seen_subcommand_from errors' -l summary -d 'Group by code and message'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l state -x \
+    -a 'running queued paused cancelled completed expired failed' -d 'Only these'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l tenant -x -a '(__fish_complete_users)' -d 'Of this tenant'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l handler -x -d 'For this handler'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l mine -d 'That you submitted'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -s a -l all -d 'Final jobs too'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l newest -d 'The newest first'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l limit -x -d 'At most so many'
+complete -c jobctl -n '__fish_seen_subcommand_from list ls' -l changed-since -x -d 'Changed by a later event'
+complete -c jobctl -n '__fish_seen_subcommand_from log events' -s f -l follow -d 'Go on'
+complete -c jobctl -n '__fish_seen_subcommand_from events' -l since -x -d 'From this number on'
+complete -c jobctl -n '__fish_seen_subcommand_from events' -l job -x -a @ -d 'Of this job alone'
+complete -c jobctl -n '__fish_seen_subcommand_from cancel pause resume retry priority first rm queue' \
+    -s m -l message -x -d Why
+complete -c jobctl -n '__fish_seen_subcommand_from retry' -l failed-items -d 'Only those that failed'
+complete -c jobctl -n '__fish_seen_subcommand_from priority' -a 'high normal low'
+complete -c jobctl -n '__fish_seen_subcommand_from queue' -a 'stop start disable enable drain'
+complete -c jobctl -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'
+complete -c jobctl -n '__fish_seen_subcommand_from wait watch show output errors log cancel pause resume retry priority first rm' \
+    -a @ -d 'My last job'
