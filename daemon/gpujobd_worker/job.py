@@ -253,8 +253,8 @@ class Lease:
         """
         tried = 0
         for line in range(self._terms.canary, self._terms.items + 1):
-            if self._terms.share(line, 2) == 1 and line != self._terms.canary:
-                continue  # a suspect
+            if line != self._terms.canary and self._terms.is_suspect(line):
+                continue
             item = self._usable(_fetch(fd, [line])[line])
             if item is None:
                 continue

@@ -32,5 +32,8 @@ class Terms:
                 size = min(size, first - line)
         return size
 
+    def is_suspect(self, line: int) -> bool:
+        return any(first <= line <= last for first, last in self._alone)
+
     def too_many(self, failed: int) -> bool:
         return 0 <= self.failures_max < failed

@@ -74,10 +74,10 @@ class Faulty:
         if self.fits and len(batch) > self.fits:
             raise SHORT_OF_MEMORY[self.short]()  # noqa: RSE102 - a factory
         for item in batch:
-            self.suffer(item)
+            self.suffer(item, alone=len(batch) == 1)
         return [self.output(item) for item in batch]
 
-    def suffer(self, item):
+    def suffer(self, item, *, alone):
         do, _, what = item.get("do", "").partition(":")
         if do == "hang":
             while True:
@@ -91,8 +91,8 @@ class Faulty:
         elif do == "reject":
             raise Rejected("against a rule")
         elif do == "transient":
-            self.tries[item["text"]] = self.tries.get(item["text"], 0) + 1
-            if self.tries[item["text"]] < int(what):
+            self.tries[item["text"]] = self.tries.get(item["text"], 0) + alone
+            if not alone or self.tries[item["text"]] < int(what):
                 raise Transient("not now")
         elif do == "raise":
             raise KeyError(item["text"])
