@@ -1,0 +1,325 @@
+"""The indexes over the jobs: lines, limits, timers. Everything here can be made anew from the jobs alone.
+
+    place of a job          in which indexes
+    queued, in line         lines[tenant][level, handler], ready[level]; its tenant is present at that level
+    queued, asleep          asleep, by wake_ns
+    running                 its tenant is present at the level of the lease
+    any of these, paused    open_jobs, open_items, jobs_of_tenant, jobs_of_uid, deadlines
+    final                   finals, final_bytes
+    any                     stored_bytes, inline, submit_ids
+
+Rule 1: apply() takes a job out of its place, changes it, and puts it into its new place: `move`.
+Rule 2: what is found on every turn of the daemon is O(1), what is changed is O(log n) and one memmove of pointers
+(100,000 jobs: 20 us). No entry is ever stale.
+Rule 3: a tenant that becomes present at a level starts there at the least virtual time of those who are present,
+or, if nobody is, at the last such time: idle time earns nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+from typing import TypeVar
+
+from gpujobd.core.model import (
+    FINAL,
+    Book,
+    Job,
+    JobState,
+    Line,
+    Priority,
+    Stamps,
+    State,
+    Tenant,
+)
+
+Key = TypeVar("Key", str, int)
+
+_line_key = attrgetter("line_key")
+
+
+def rebuild(state: State) -> None:
+    """Make the bookkeeping anew, and let jobs share the names of their tenants and handlers."""
+    book = state.book = Book()
+    names: dict[str, str] = {}
+    for job in state.jobs.values():
+        job.tenant = names.setdefault(job.tenant, job.tenant)
+        job.handler = names.setdefault(job.handler, job.handler)
+        _count_stored(book, job)
+        if job.state in FINAL:
+            book.finals.append((job.finished_ns, job.job_id))
+            book.final_bytes += output_bytes(job)
+            continue
+        _count_open(book, job, 1)
+        _place(book, job)
+        level = _presence(job)
+        if level is not None:
+            book.present.setdefault(job.tenant, [0, 0, 0])[level] += 1
+    _sort(book)
+    for name, counts in book.present.items():
+        for level in Priority:
+            if counts[level]:
+                insort(book.active[level], (state.tenants[name].vtimes_ns[level], name))
+    for removal in state.removed.values():
+        book.submit_ids.setdefault(removal.owner, {})[removal.submit_id] = removal.job_id
+    for reservation in state.reservations.values():
+        count_reserved(
+            book, reservation.owner, reservation.tenant, 1, reservation.items, reservation.input_bytes
+        )
+
+
+def _sort(book: Book) -> None:
+    """Jobs came by number, so most of these are in order already."""
+    book.finals.sort()
+    book.asleep.sort()
+    book.deadlines.sort()
+    for lines in book.lines.values():
+        for line in lines.values():
+            line.sort(key=_line_key)
+
+
+def _place(book: Book, job: Job) -> None:
+    """Append without order: rebuild sorts afterwards."""
+    if job.deadline_ns:
+        book.deadlines.append((job.deadline_ns, job.job_id))
+    if job.state is JobState.QUEUED:
+        if job.asleep:
+            book.asleep.append((job.wake_ns, job.job_id))
+        else:
+            _line(book, job).append(job)
+            book.ready[job.priority] += 1
+
+
+# --- arrival and departure ------------------------------------------------------------------------------------
+
+
+def admit(state: State, job: Job) -> None:
+    """Index a job that was just submitted."""
+    book = state.book
+    _count_stored(book, job)
+    _count_open(book, job, 1)
+    if job.deadline_ns:
+        insort(book.deadlines, (job.deadline_ns, job.job_id))
+    _queue(state, job)
+
+
+def forget(state: State, job: Job) -> None:
+    """Drop a final job from every index; its submit id is remembered with the removal."""
+    assert job.state in FINAL, (job.job_id, job.state)
+    book = state.book
+    _drop(book.finals, (job.finished_ns, job.job_id))
+    book.final_bytes -= output_bytes(job)
+    book.stored_bytes -= job.input_bytes + output_bytes(job)
+    book.inline.pop(job.job_id, None)
+
+
+def move(state: State, job: Job, to: JobState, at_ns: int) -> None:
+    """The one way a job changes state. Waiting time is summed up here; `level` must be set before a lease."""
+    book = state.book
+    was = _presence(job)
+    _unqueue(book, job)
+    if job.state is JobState.QUEUED and not job.asleep:
+        job.waited_ns = max(0, at_ns - job.queued_ns)
+    job.enter(to)
+    if to is JobState.QUEUED:
+        job.asleep = job.wake_ns > at_ns
+        job.queued_ns = at_ns - job.waited_ns
+        _queue(state, job, was)
+        return
+    job.asleep = False
+    if to in FINAL:
+        job.finished_ns = at_ns
+        if job.deadline_ns:
+            _drop(book.deadlines, (job.deadline_ns, job.job_id))
+        _count_open(book, job, -1)
+        insort(book.finals, (at_ns, job.job_id))
+        book.final_bytes += output_bytes(job)
+    _shift_presence(state, job.tenant, was, _presence(job))
+
+
+def wake(state: State, job: Job, at_ns: int) -> None:
+    """The time a sleeping job waited for has come: it stands in line."""
+    assert job.asleep, job.job_id
+    _drop(state.book.asleep, (job.wake_ns, job.job_id))
+    job.asleep = False
+    job.queued_ns = at_ns - job.waited_ns
+    _queue(state, job)
+
+
+def reorder(state: State, job: Job, priority: Priority, line_key: int) -> None:
+    """Give a job that is not final another level or another place in its line."""
+    was = _presence(job)
+    _unqueue(state.book, job)
+    job.priority = priority
+    job.line_key = line_key
+    if job.state is JobState.RUNNING:
+        job.level = priority
+    if job.state is JobState.QUEUED:
+        _queue(state, job, was)
+    else:
+        _shift_presence(state, job.tenant, was, _presence(job))
+
+
+def output_bytes(job: Job) -> int:
+    return job.checkpoint.results_bytes + job.checkpoint.errors_bytes
+
+
+# --- lines ------------------------------------------------------------------------------------------------------
+
+
+def _line(book: Book, job: Job) -> Line:
+    lines = book.lines.get(job.tenant)
+    if lines is None:
+        lines = book.lines[job.tenant] = {}
+    key = (job.priority, job.handler)
+    line = lines.get(key)
+    if line is None:
+        line = lines[key] = []
+    return line
+
+
+def _queue(state: State, job: Job, was: Priority | None = None) -> None:
+    """Put a queued job to bed or in line. `was`: the level at which it made its tenant present so far."""
+    book = state.book
+    if job.asleep:
+        insort(book.asleep, (job.wake_ns, job.job_id))
+    else:
+        line = _line(book, job)
+        if not line or line[-1].line_key < job.line_key:
+            line.append(job)
+        else:
+            insort(line, job, key=_line_key)
+        book.ready[job.priority] += 1
+    _shift_presence(state, job.tenant, was, _presence(job))
+
+
+def _unqueue(book: Book, job: Job) -> None:
+    if job.state is not JobState.QUEUED:
+        return
+    if job.asleep:
+        _drop(book.asleep, (job.wake_ns, job.job_id))
+        return
+    lines = book.lines[job.tenant]
+    line = lines[job.priority, job.handler]
+    index = 0 if line[0] is job else bisect_left(line, job.line_key, key=_line_key)
+    assert line[index] is job, (job.job_id, job.line_key)
+    del line[index]
+    book.ready[job.priority] -= 1
+    if not line:
+        del lines[job.priority, job.handler]
+        if not lines:
+            del book.lines[job.tenant]
+
+
+def _drop(stamps: Stamps, stamp: tuple[int, int]) -> None:
+    index = bisect_left(stamps, stamp)
+    assert stamps[index] == stamp, stamp
+    del stamps[index]
+
+
+# --- presence and virtual time ------------------------------------------------------------------------------------
+
+
+def _presence(job: Job) -> Priority | None:
+    """The level at which this job makes its tenant compete for a device, if it does."""
+    if job.state is JobState.QUEUED:
+        return None if job.asleep else job.priority
+    return job.level if job.state is JobState.RUNNING else None
+
+
+def _shift_presence(state: State, name: str, was: Priority | None, now: Priority | None) -> None:
+    """Enter the new level before the old one is left: who moves within a level is present all the time."""
+    if was == now:
+        return
+    book = state.book
+    counts = book.present.get(name)
+    if counts is None:
+        counts = book.present[name] = [0, 0, 0]
+    if now is not None:
+        counts[now] += 1
+        if counts[now] == 1:
+            _join(state, state.tenants[name], now)
+    if was is not None:
+        counts[was] -= 1
+        if counts[was] == 0:
+            _drop_active(book, state.tenants[name], was)
+            if not any(counts):
+                del book.present[name]
+
+
+def _join(state: State, tenant: Tenant, level: Priority) -> None:
+    active = state.book.active[level]
+    floor = active[0][0] if active else state.vclocks_ns[level]
+    if tenant.vtimes_ns[level] < floor:
+        tenant.vtimes_ns = with_level(tenant.vtimes_ns, level, floor)
+    insort(active, (tenant.vtimes_ns[level], tenant.name))
+    _advance_clock(state, level)
+
+
+def charge(state: State, tenant: Tenant, level: Priority, vtime_ns: int) -> None:
+    """Move a tenant that is present at `level` on in virtual time."""
+    if not vtime_ns:
+        return
+    _drop_active(state.book, tenant, level)
+    moved = tenant.vtimes_ns[level] + vtime_ns
+    tenant.vtimes_ns = with_level(tenant.vtimes_ns, level, moved)
+    insort(state.book.active[level], (moved, tenant.name))
+    _advance_clock(state, level)
+
+
+def _advance_clock(state: State, level: Priority) -> None:
+    least = state.book.active[level][0][0]
+    if least > state.vclocks_ns[level]:
+        state.vclocks_ns = with_level(state.vclocks_ns, level, least)
+
+
+def _drop_active(book: Book, tenant: Tenant, level: Priority) -> None:
+    active = book.active[level]
+    index = bisect_left(active, (tenant.vtimes_ns[level], tenant.name))
+    assert active[index][1] == tenant.name, (tenant.name, level)
+    del active[index]
+
+
+def with_level(triple: tuple[int, int, int], level: Priority, value: int) -> tuple[int, int, int]:
+    changed = list(triple)
+    changed[level] = value
+    return (changed[0], changed[1], changed[2])
+
+
+# --- counters -------------------------------------------------------------------------------------------------------
+
+
+def _count_stored(book: Book, job: Job) -> None:
+    book.stored_bytes += job.input_bytes + output_bytes(job)
+    if job.inline_seq:
+        book.inline[job.job_id] = job.inline_seq
+    mine = book.submit_ids.get(job.owner)
+    if mine is None:
+        mine = book.submit_ids[job.owner] = {}
+    mine[job.submit_id] = job.job_id
+
+
+def _count_open(book: Book, job: Job, sign: int) -> None:
+    _count_jobs(book, job.owner, job.tenant, sign)
+    book.open_items += sign * job.left
+
+
+def count_reserved(book: Book, owner: int, tenant: str, sign: int, items: int, input_bytes: int) -> None:
+    """Reservations count like jobs: what was promised at the door is there when the input has come."""
+    _count_jobs(book, owner, tenant, sign)
+    book.open_items += sign * items
+    book.stored_bytes += sign * input_bytes
+
+
+def _count_jobs(book: Book, owner: int, tenant: str, sign: int) -> None:
+    book.open_jobs += sign
+    _add(book.jobs_of_tenant, tenant, sign)
+    _add(book.jobs_of_uid, owner, sign)
+
+
+def _add(counts: dict[Key, int], key: Key, by: int) -> None:
+    value = counts.get(key, 0) + by
+    if value:
+        counts[key] = value
+    else:
+        del counts[key]

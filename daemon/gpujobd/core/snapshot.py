@@ -1,0 +1,204 @@
+"""The whole state at one position of the journal, as bounded pieces, and back.
+
+    pieces  := house | jobs* | removed* | end
+    piece   := msgpack map with the key "piece", at most CHUNK_BYTES_MAX bytes (one job is always far smaller)
+
+Rule 1: `chunks` copies what may change at once, in its call; encoding comes as the pieces are taken, so that a
+thread can do it while the state moves on.
+Rule 2: only what is persistent is written; the bookkeeping is made anew by `load`.
+Rule 3: a missing, doubled or foreign piece is an error, never a smaller state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from gpujobd.core.book import rebuild
+from gpujobd.core.model import (
+    Device,
+    Job,
+    Learned,
+    Removal,
+    Reservation,
+    State,
+    Switches,
+    Tenant,
+)
+
+CHUNK_BYTES_MAX: Final = 1 << 20
+GROUP: Final = 128  # records encoded at a time; a group far below the size of a piece
+RECORD_BYTES_MAX: Final = 4 << 20
+
+
+class SnapshotError(Exception):
+    """The pieces are not a snapshot; the message says how."""
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="piece", omit_defaults=True):
+    pass
+
+
+class House(Piece, frozen=True, tag="house"):
+    """All but the jobs. Bounded by the numbers of tenants, handlers and connections."""
+
+    seq: int
+    next_job_id: int
+    next_reservation_id: int
+    head_key: int
+    vclocks_ns: tuple[int, int, int]
+    tenants: list[Tenant]
+    devices: list[Device]
+    learned: list[Learned]
+    reservations: list[Reservation]
+    switches: Switches
+    disk_full: bool
+    disk_detail: str
+    stopping: bool
+    store_id: str
+
+
+class Jobs(Piece, frozen=True, tag="jobs"):
+    jobs: list[Job]
+
+
+class Removals(Piece, frozen=True, tag="removals"):
+    removals: list[Removal]
+
+
+class End(Piece, frozen=True, tag="end"):
+    jobs: int
+    removals: int
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final[msgspec.msgpack.Decoder[House | Jobs | Removals | End]] = msgspec.msgpack.Decoder(
+    House | Jobs | Removals | End
+)
+
+
+def chunks(state: State) -> Iterator[bytes]:
+    """The pieces of a snapshot of `state` as it is now, whatever happens to it afterwards."""
+    house = _encoder.encode(_house(state))
+    jobs = [copy.copy(job) for job in state.jobs.values()]
+    removals = list(state.removed.values())
+    return _chunks(house, jobs, removals)
+
+
+def _house(state: State) -> House:
+    return House(
+        seq=state.seq,
+        next_job_id=state.next_job_id,
+        next_reservation_id=state.next_reservation_id,
+        head_key=state.head_key,
+        vclocks_ns=state.vclocks_ns,
+        tenants=list(state.tenants.values()),
+        devices=list(state.devices.values()),
+        learned=list(state.learned.values()),
+        reservations=list(state.reservations.values()),
+        switches=state.switches,
+        disk_full=state.disk_full,
+        disk_detail=state.disk_detail,
+        stopping=state.stopping,
+        store_id=state.store_id,
+    )
+
+
+def _chunks(house: bytes, jobs: list[Job], removals: list[Removal]) -> Iterator[bytes]:
+    yield house
+    for at in range(0, len(jobs), GROUP):
+        yield from _split(jobs[at : at + GROUP])
+    for at in range(0, len(removals), GROUP):
+        yield _encoder.encode(Removals(removals=removals[at : at + GROUP]))
+    yield _encoder.encode(End(jobs=len(jobs), removals=len(removals)))
+
+
+def _split(jobs: list[Job]) -> Iterator[bytes]:
+    """One piece, or two of half the jobs where one would be too large (a thousand deferred items each)."""
+    piece = _encoder.encode(Jobs(jobs=jobs))
+    if len(piece) <= CHUNK_BYTES_MAX:
+        yield piece
+        return
+    assert len(jobs) > 1, len(piece)
+    yield from _split(jobs[: len(jobs) // 2])
+    yield from _split(jobs[len(jobs) // 2 :])
+
+
+def load(pieces: Iterable[bytes]) -> State:
+    """The state that was written, with its bookkeeping.
+
+    Raises:
+        SnapshotError: these are not all the pieces of one snapshot, or not a snapshot at all.
+    """
+    state: State | None = None
+    end: End | None = None
+    for data in pieces:
+        piece = _decode(data)
+        if end is not None or (state is None) is not isinstance(piece, House):
+            raise SnapshotError(f"a piece of kind {type(piece).__name__} is out of place")
+        if isinstance(piece, House):
+            state = _state(piece)
+        elif isinstance(piece, End):
+            end = piece
+        else:
+            assert state is not None
+            _add(state, piece)
+    if state is None or end is None:
+        raise SnapshotError("the snapshot has no end")
+    if (len(state.jobs), len(state.removed)) != (end.jobs, end.removals):
+        raise SnapshotError(f"{len(state.jobs)} of {end.jobs} jobs are here")
+    rebuild(state)
+    return state
+
+
+def _decode(data: bytes) -> House | Jobs | Removals | End:
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise SnapshotError(f"not a piece of a snapshot: {error}") from None
+
+
+def _state(house: House) -> State:
+    return State(
+        seq=house.seq,
+        next_job_id=house.next_job_id,
+        next_reservation_id=house.next_reservation_id,
+        head_key=house.head_key,
+        vclocks_ns=house.vclocks_ns,
+        tenants={tenant.name: tenant for tenant in house.tenants},
+        devices={device.name: device for device in house.devices},
+        learned={learned.name: learned for learned in house.learned},
+        reservations={held.reservation_id: held for held in house.reservations},
+        switches=house.switches,
+        disk_full=house.disk_full,
+        disk_detail=house.disk_detail,
+        stopping=house.stopping,
+        store_id=house.store_id,
+    )
+
+
+def _add(state: State, piece: Jobs | Removals) -> None:
+    if isinstance(piece, Jobs):
+        for job in piece.jobs:
+            state.jobs[job.job_id] = job
+    else:
+        for removal in piece.removals:
+            state.removed[removal.job_id] = removal
+
+
+def clone(state: State) -> State:
+    """A second state, equal and independent: strings, tuples and frozen records are shared, the rest is copied."""
+    twin = _state(_decode_house(_encoder.encode(_house(state))))
+    twin.jobs = {job_id: copy.copy(job) for job_id, job in state.jobs.items()}
+    twin.removed = dict(state.removed)
+    rebuild(twin)
+    return twin
+
+
+def _decode_house(data: bytes) -> House:
+    house = _decode(data)
+    assert isinstance(house, House)
+    return house
