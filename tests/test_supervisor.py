@@ -230,25 +230,25 @@ async def test_lease_message_carries_all_a_worker_needs(tmp_path: Path) -> None:
         }
 
 
-async def test_condemned_lines_come_with_a_canary_that_was_computed_before(tmp_path: Path) -> None:
+async def test_condemned_lines_come_with_a_canary_that_is_above_suspicion(tmp_path: Path) -> None:
     record = tmp_path / "leases"
     async with running(bench(tmp_path, leases=str(record))) as b:
-        b.job_folder(1).mkdir()
-        (b.job_folder(1) / "results.jsonl").write_text('{"line": 4, "output": {}}\n')
-        checkpoint = Checkpoint(upto=20, done=20, results_bytes=26)
-        b.lease(items=50, canary_due=(21,), checkpoint=checkpoint)
+        lease = b.lease(items=50, canary_due=(20,), condemned=(7,), checkpoint=Checkpoint(upto=20, done=20))
+        lease.canary = True
         passed = await b.until(inputs.CanaryOk)
         assert passed.attempt == 5
         await b.until(inputs.Finished)
-        (lease,) = leases_of(record)
-        assert (lease["condemned"], lease["canary"]) == ([21], 4)
+        (sent,) = leases_of(record)
+        assert (sent["condemned"], sent["canary"]) == ([7, 20], 19)
 
 
-async def test_worker_that_dies_in_its_canary_accuses_the_device(tmp_path: Path) -> None:
-    async with running(bench(tmp_path, behave="segfault")) as b:
-        b.lease(canary_due=(21,))
-        lost = await b.until(inputs.Lost)
-        assert (lost.cause, lost.detail) == ("canary", "killed by SIGSEGV")
+async def test_lines_that_wait_for_a_canary_are_not_condemned_without_one(tmp_path: Path) -> None:
+    record = tmp_path / "leases"
+    async with running(bench(tmp_path, leases=str(record))) as b:
+        b.lease(items=50, canary_due=(20,), condemned=(7,))
+        await b.until(inputs.Finished)
+        (sent,) = leases_of(record)
+        assert (sent["condemned"], sent["canary"]) == ([7], 0)
 
 
 # --- asking back ------------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ async def test_segfault_loses_the_lease_and_names_the_suspects(tmp_path: Path) -
     async with running(bench(tmp_path, behave="segfault")) as b:
         b.lease()
         lost = await b.until(inputs.Lost)
-        assert b.kinds() == ["Loaded", "CheckpointReached", "Unloaded", "Lost"]
+        assert b.kinds() == ["Loaded", "CheckpointReached", "Lost", "Unloaded"]
         assert (lost.cause, lost.detail) == ("died", "killed by SIGSEGV")
         assert lost.suspects == (Span(21, 30), Span(11, 20))
         assert "segfault" in b.log(1)  # the function's name, from faulthandler's stacks
@@ -408,9 +408,10 @@ async def test_lease_lost_by_the_jobs_files_keeps_the_worker(tmp_path: Path, cau
         b.lease(2)
         await b.until(inputs.Lost, 2)
         assert b.kinds().count("Loaded") == 1
+        assert b.supervisor.progress(2) is None
 
 
-@pytest.mark.parametrize(("cause", "accused"), [("poisoned", (Span(11, 20),)), ("died", ())])
+@pytest.mark.parametrize(("cause", "accused"), [("poisoned", (Span(11, 20),)), ("canary", ()), ("died", ())])
 async def test_last_words_of_a_worker_are_its_cause_of_loss(
     tmp_path: Path, cause: str, accused: tuple[Span, ...]
 ) -> None:
@@ -418,7 +419,7 @@ async def test_last_words_of_a_worker_are_its_cause_of_loss(
         b.lease()
         lost = await b.until(inputs.Lost)
         assert (lost.cause, lost.detail, lost.suspects) == (cause, "as told", accused)
-        assert b.kinds() == ["Loaded", "CheckpointReached", "Unloaded", "Lost"]
+        assert b.kinds() == ["Loaded", "CheckpointReached", "Lost", "Unloaded"]
 
 
 # --- hangs --------------------------------------------------------------------------------------------------------------

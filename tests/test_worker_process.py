@@ -20,7 +20,7 @@ import pytest
 import trio
 from gpujobd import cgroup, devices, grant, worker_messages
 from gpujobd.config import Config, File, Handler
-from gpujobd.core.model import Checkpoint, Deferred, Job, Span
+from gpujobd.core.model import Checkpoint, Deferred, Span
 from gpujobd.devices import find_devices
 from gpujobd.job_log import JobLog
 from gpujobd.worker_messages import Lines, Violation, check_checkpoint
@@ -361,7 +361,9 @@ def test_lock_is_free_when_nobody_holds_it_and_is_not_kept(tmp_path: Path) -> No
     ("page", "spans"),
     [
         ((7, 21, 30, 11, 20), (Span(21, 30), Span(11, 20))),
-        ((7, 0, 0, 11, 20), (Span(11, 20),)),
+        ((7, 21, 30, 0, 0), (Span(21, 30),)),
+        ((7, 0, 0, 11, 20), (Span(0, 0), Span(11, 20))),
+        ((7, 0, 0, 0, 0), ()),
         ((7, 30, 21, 0, 0), ()),
         ((7, 21, 51, 0, 5), ()),
         ((6, 21, 30, 11, 20), ()),
@@ -386,36 +388,6 @@ def test_page_of_suspects_that_is_none_accuses_nobody(tmp_path: Path, what: str)
     elif what == "fifo":
         os.mkfifo(path)
     assert grant.read_suspects(tmp_path, 0, 50) == ()
-
-
-def job(**fields: Any) -> Job:
-    return Job(
-        job_id=1,
-        submit_id="s",
-        owner=1,
-        tenant="t",
-        handler="h",
-        items=5,
-        input_bytes=1,
-        input_sha256=b"",
-        submitted_ns=0,
-        **fields,
-    )
-
-
-def test_canary_is_the_first_result_in_the_jobs_own_lines(tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text('{"line": 700, "output": {}}\n')
-    (tmp_path / "lines").write_text("100\n700\n900\n")
-    condemned = job(canary_due=(3,), checkpoint=Checkpoint(upto=2, done=2, results_bytes=28))
-    assert grant.choose_canary(tmp_path, condemned) == 2
-    (tmp_path / "lines").unlink()
-    assert grant.choose_canary(tmp_path, condemned) == 700
-
-
-def test_canary_without_results_is_a_line_under_no_suspicion(tmp_path: Path) -> None:
-    assert grant.choose_canary(tmp_path, job()) == 0
-    assert grant.choose_canary(tmp_path, job(canary_due=(1,), suspects=(Span(1, 2),), deaths={3: 1})) == 4
-    assert grant.choose_canary(tmp_path, job(canary_due=(1,), suspects=(Span(1, 5),))) == 0
 
 
 async def test_log_is_bounded_over_leases_and_remarks_still_come_through(tmp_path: Path) -> None:

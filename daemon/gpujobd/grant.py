@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import fcntl
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Final
@@ -23,11 +22,12 @@ import trio
 
 from gpujobd import worker_messages as messages
 from gpujobd.config import Handler
+from gpujobd.core.leases import canary_line
 from gpujobd.core.model import Job, Lease, Span
 from gpujobd.job_log import JobLog
 
 SUSPECTS: Final = struct.Struct("<QQQQQ")
-LINE_OF_RECORD: Final = re.compile(rb'\{"line":\s*(\d{1,18})')
+NONE: Final = Span(0, 0)  # keeps the place of the call in hand, so that the one before it is not taken for it
 
 
 class Grant:
@@ -43,7 +43,9 @@ class Grant:
         self.folder: Path | None = None  # set once the job's files are there and nobody holds them
         self.log: JobLog | None = None
         self.log_opened = trio.Event()  # or there will be none
-        self.canary = 0  # the line a worker must compute first; 0: none, or it passed
+        self.canary = (
+            canary_line(job) if lease.canary else 0
+        )  # line to recompute first; 0: none, or it passed
         self.load_s = 0.0  # loading that this lease waited for, until it was reported
         self.sent = False
         self.yield_asked = False
@@ -76,7 +78,8 @@ class Grant:
             failures_max=job.failures_max,
             checkpoint=msgspec.structs.asdict(job.checkpoint),
             suspects=job.suspects,
-            condemned=job.canary_due,
+            # Those that wait for the canary as well: a worker whose canary fails never gets to them.
+            condemned=tuple(sorted({*job.condemned, *(job.canary_due if self.canary else ())})),
             canary=self.canary,
         )
 
@@ -100,7 +103,7 @@ def lock_is_free(folder: Path) -> bool:
 
 
 def read_suspects(folder: Path, attempt: int, items: int) -> tuple[Span, ...]:
-    """The call that was in hand, then the one before it."""
+    """The call that was in hand, lines 0 to 0 if there was none, then the one before it."""
     try:
         fd = os.open(folder / "suspects", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -114,36 +117,10 @@ def read_suspects(folder: Path, attempt: int, items: int) -> tuple[Span, ...]:
     if len(page) != SUSPECTS.size:
         return ()
     written_by, *lines = SUSPECTS.unpack(page)
-    spans = (Span(*lines[:2]), Span(*lines[2:]))
-    return tuple(s for s in spans if 1 <= s.first <= s.last <= items) if written_by == attempt else ()
-
-
-def choose_canary(folder: Path, job: Job) -> int:
-    """A line whose computing shows that worker and device are well; 0: the job needs no canary, or has no such line.
-
-    Best is one that was computed before: the first of the results. Else any that is under no suspicion.
-    """
-    if not job.canary_due:
-        return 0
-    if job.checkpoint.results_bytes and (line := _first_result(folder)):
-        return line
-    accused = set(job.canary_due) | set(job.deaths)
-    accused.update(line for span in job.suspects for line in range(span.first, span.last + 1))
-    return next((line for line in range(1, job.items + 1) if line not in accused), 0)
-
-
-def _first_result(folder: Path) -> int:
-    """Line of the job's own input that its first result belongs to. A retry's records carry the original's lines."""
-    with open(folder / "results.jsonl", "rb", opener=_no_follow) as results:
-        found = LINE_OF_RECORD.match(results.read(64))
-    if not found:
-        return 0
-    try:
-        with open(folder / "lines", "rb", opener=_no_follow) as originals:
-            return next((own for own, line in enumerate(originals, 1) if int(line) == int(found[1])), 0)
-    except FileNotFoundError:
-        return int(found[1])
-
-
-def _no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+    current, previous = (
+        span if 1 <= span.first <= span.last <= items else NONE
+        for span in (Span(*lines[:2]), Span(*lines[2:]))
+    )
+    if written_by != attempt or current is previous is NONE:
+        return ()
+    return (current,) if previous is NONE else (current, previous)

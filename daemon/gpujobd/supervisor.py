@@ -33,7 +33,7 @@ from gpujobd.config import Config, threads
 from gpujobd.core import inputs
 from gpujobd.core.model import Device, Job, Lease, State
 from gpujobd.devices import find_devices
-from gpujobd.grant import Grant, choose_canary, lock_is_free
+from gpujobd.grant import Grant, lock_is_free
 from gpujobd.job_log import JobLog
 from gpujobd.worker import UNKILLABLE_S, VRAM_UNIT, Phase, Progress, Worker
 from gpujobd.worker_process import MAIN
@@ -271,7 +271,6 @@ class Supervisor:
             folder = await self._prepare_files(grant.job)
             await self._open_log(grant, folder)
             await self._wait_for_lock(grant, folder)
-            grant.canary = await trio.to_thread.run_sync(choose_canary, folder, grant.job)
         except OSError as error:
             self._lose_files(grant, error)
         else:

@@ -199,33 +199,34 @@ class Worker:
         return ""
 
     async def _conclude(self) -> None:
-        """Say what there is to say about an end."""
+        """Say what there is to say about an end; of the lease first, as long as it counts as loaded."""
+        if self.grant and not self.grant.over:
+            await self._report_lost(self.grant)
         if self.loaded:
             self._report(inputs.Unloaded(device=self.device, handler=self.name))
         elif not self.load_error and self._cause not in ("dismissed", "fenced"):
             self.load_error = self._detail
-        grant = self.grant
-        if grant is None or grant.over:
-            return
+
+    async def _report_lost(self, grant: Grant) -> None:
         suspects: tuple[Span, ...] = ()
         if self._blames_items:
             assert grant.folder is not None
             suspects = await trio.to_thread.run_sync(
                 read_suspects, grant.folder, grant.attempt, grant.job.items, abandon_on_cancel=True
             )
+        self._log(f"lease lost: {self._cause}: {self._detail}", "lease_lost", level=logging.WARNING)
         await self._close_log(grant)
-        cause = "canary" if grant.canary and self._blames_items else self._cause
-        lost = inputs.Lost(
-            device=self.device,
-            attempt=grant.attempt,
-            used_ns=grant.used_ns(),
-            cause=cause,
-            detail=self._detail,
-            suspects=suspects,
-        )
-        self._log(f"lease lost: {cause}: {self._detail}", "lease_lost", level=logging.WARNING)
         self.grant = None
-        self._report(lost)
+        self._report(
+            inputs.Lost(
+                device=self.device,
+                attempt=grant.attempt,
+                used_ns=grant.used_ns(),
+                cause=self._cause,
+                detail=self._detail,
+                suspects=suspects,
+            )
+        )
 
     async def _close_log(self, grant: Grant) -> None:
         grant.end()
