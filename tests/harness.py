@@ -36,7 +36,11 @@ class Client:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(HANG_S)
-        self.sock.connect(str(path))
+        try:
+            self.sock.connect(str(path))
+        except OSError:
+            self.sock.close()
+            raise
         self.frames = protocol.Frames()
         self.replies: list[protocol.AnyReply] = []
         self.fds: list[int] = []

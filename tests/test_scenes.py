@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from gpujobd import protocol
@@ -18,6 +21,15 @@ MOODY = "trouble:Moody"
 SLOW = "trouble:Slow"
 FAST_LIMITS = "[worker]\nsilent_timeout_s = 3.0\nstall_timeout_s = 2.0\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="other users can only be played by root")
+
+
+@pytest.fixture
+def public_folder():
+    """A folder that every user can reach; pytest's own are for its user alone."""
+    folder = Path(tempfile.mkdtemp(prefix="gpujobd-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def texts(count):
@@ -186,12 +198,8 @@ def test_input_with_a_broken_line_is_refused_before_anything_is_stored(tmp_path)
 
 
 @needs_root
-def test_two_users_do_not_exist_for_each_other_and_an_administrator_sees_both(tmp_path):
-    with hosted(tmp_path / "host", slow=fake(SLOW, params={"item_s": 0.05})) as host:
-        tmp_path.chmod(0o755)
-        for folder in host.folder.parents:
-            if not folder.stat().st_mode & 0o001:
-                pytest.skip(f"other users cannot reach {folder}")
+def test_two_users_do_not_exist_for_each_other_and_an_administrator_sees_both(public_folder):
+    with hosted(public_folder / "host", slow=fake(SLOW, params={"item_s": 0.05})) as host:
 
         def submit():
             with host.client() as client:

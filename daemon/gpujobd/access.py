@@ -6,6 +6,7 @@ Rule 2: names are looked up in a thread and cached: a directory server that hang
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -21,6 +22,7 @@ from gpujobd.config import Config
 from gpujobd.core.inputs import Who
 
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; not in Python's socket module
+GETSOCKOPT_BYTES_MAX: Final = 1024  # Python's own limit
 NAMES_KEPT_S: Final = 60.0
 
 
@@ -33,7 +35,12 @@ class Peer(msgspec.Struct, frozen=True):
 def peer(sock: trio.socket.SocketType | socket.socket) -> Peer:
     """The process that called connect(), as it was then (unix(7))."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+    try:
+        groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GETSOCKOPT_BYTES_MAX)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        groups = b""  # more than 256 groups: only the first one counts
     return Peer(pid, uid, (gid, *struct.unpack(f"{len(groups) // 4}i", groups)))
 
 
