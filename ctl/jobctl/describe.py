@@ -10,7 +10,7 @@ from gpujobd import protocol as p
 from msgspec import UNSET, UnsetType
 
 from jobctl.exits import Exit
-from jobctl.table import Column, counted, shorten, size, table
+from jobctl.table import Column, clean, counted, size, table
 from jobctl.times import relative, spoken, told
 
 FINAL: Final = frozenset({"completed", "failed", "cancelled", "expired"})
@@ -85,8 +85,9 @@ def finish_at(job: p.Job | p.Accepted) -> dt.datetime | UnsetType:
 
 def job_lines(job: p.Job, at: dt.datetime) -> str:
     """`key: value`, a line each; what is not known is left out."""
-    lines = [f"{key + ':':<14} {value}" for key, value in _facts(job, at) if value]
-    return "\n".join(lines) + "\n"
+    facts = [(f"{key}:", clean(value)) for key, value in _facts(job, at) if value]
+    width = max(len(key) for key, _ in facts)
+    return "".join(f"{key:<{width}} {value}\n" for key, value in facts)
 
 
 def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
@@ -111,7 +112,7 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
 
 
 def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
-    forecast = job.forecast if job.forecast is not UNSET else p.Forecast()
+    forecast = job.forecast if job.forecast is not UNSET and job.state not in FINAL else p.Forecast()
     for key, moment in (
         ("submitted", job.submitted_at),
         ("not before", job.begin_at),
@@ -120,7 +121,7 @@ def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
         ("finished", job.finished_at),
         ("starts", forecast.start_at if job.started_at is UNSET else UNSET),
         ("done", forecast.finish_at),
-        ("done by (90 %)", forecast.finish_by_90),
+        ("at the latest", forecast.finish_by_90),
     ):
         yield key, "" if moment is UNSET else told(moment, at)
 
@@ -219,7 +220,7 @@ def _switches(switches: p.Switches) -> str:
     words = switch_words(switches)
     if not words:
         return ""
-    return f"queue: {'; '.join(words)}{' -- ' + shorten(switches.message, 200) if switches.message else ''}\n"
+    return f"queue: {'; '.join(words)}{' -- ' + clean(switches.message) if switches.message else ''}\n"
 
 
 def device_page(devices: Sequence[p.DeviceView]) -> str:

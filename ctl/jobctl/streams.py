@@ -9,13 +9,14 @@ from __future__ import annotations
 import codecs
 import datetime as dt
 import sys
+from typing import Final
 
 import click
 from gpujobd import protocol as p
 
 from jobctl.command import complain, session, verb, write, write_line
 from jobctl.table import clean
-from jobctl.times import local, now
+from jobctl.times import local, now, spoken
 
 
 @verb("log")
@@ -140,17 +141,26 @@ def event_line(seq: int, event: dict[str, object]) -> str:
     name, at = str(shown.pop("event", "?")), shown.pop("at", None)
     when = local(at, now()) if isinstance(at, dt.datetime) else str(at or "")
     fields = " ".join(
-        f"{key}={_value(value)}" for key, value in shown.items() if value not in ("", [], {}, None)
+        f"{key.removesuffix('_ns')}={_value(key, value)}"
+        for key, value in shown.items()
+        if key not in UNTOLD and value not in ("", [], {}, None)
     )
     return clean(f"{seq:>6}  {when}  {name:<18}  {fields}".rstrip()) + "\n"
 
 
-def _value(value: object) -> str:
+UNTOLD: Final = {"vtime_ns", "timings", "vram_bytes"}
+"""Fields of events that are for programs: they are in --json."""
+MOMENTS: Final = {"begin_ns", "deadline_ns", "forecast_ns", "retry_at_ns"}
+
+
+def _value(key: str, value: object) -> str:
+    """As people read it: durations with their unit, moments in local time, of a checkpoint what was done."""
     if isinstance(value, dict):
-        return "{" + " ".join(f"{key}={_value(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, bytes):
-        return value.hex()
+        kept = ("upto", "done", "failed") if key == "checkpoint" else tuple(value)
+        return ",".join(f"{name}:{value[name]}" for name in kept if name in value)
+    if key in MOMENTS and isinstance(value, int):
+        return local(dt.datetime.fromtimestamp(value / 1e9, tz=dt.UTC), now()).replace(" ", "T")
+    if key.endswith("_ns") and isinstance(value, int):
+        return spoken(value / 1e9).replace(" ", "")
     text = str(value)
     return repr(text) if " " in text else text

@@ -296,7 +296,7 @@ def _forecast(here: Session, header: p.Submit, accepted: p.Accepted) -> None:
         for label, moment in (
             ("starts", accepted.forecast.start_at),
             ("done", accepted.forecast.finish_at),
-            ("done by (90 %)", accepted.forecast.finish_by_90),
+            ("at the latest", accepted.forecast.finish_by_90),
         ):
             if moment is not UNSET:
                 lines.append(f"{label}: {told(moment, at)}")

@@ -52,7 +52,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], indent: str 
 def _fit(columns: Sequence[Column], widths: list[int], room: int) -> None:
     """Shorten the longest column that may be shortened, until the line fits or nothing more can be given."""
     while sum(widths) + len(GAP) * (len(widths) - 1) > room:
-        able = [i for i, c in enumerate(columns) if c.shrink and widths[i] > max(SHORTEST, len(c.head))]
+        able = [i for i, c in enumerate(columns) if c.shrink and widths[i] > SHORTEST]
         if not able:
             return
         widths[max(able, key=lambda i: widths[i])] -= 1
