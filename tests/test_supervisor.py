@@ -20,6 +20,7 @@ from gpujobd.config import Worker as Timeouts
 from gpujobd.core import inputs
 from gpujobd.core.model import Checkpoint, Device, Job, Lease, Span, State, YieldWhy
 from gpujobd.supervisor import Supervisor
+from gpujobd.worker_process import MAIN
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 HANG_S = 10  # no test comes near it, unless something hangs
@@ -719,3 +720,73 @@ async def test_every_look_is_noted_for_the_watchdog(tmp_path: Path) -> None:
     async with running(bench(tmp_path)) as b:
         before = trio.current_time()
         await until(lambda: b.supervisor.looked_at() > before)
+
+
+# --- the real worker ----------------------------------------------------------------------------------------------------
+
+
+def real(folder: Path, *does: str, entry: str = "faults:Faulty", **handler: Any) -> Bench:
+    """Items of which each does what it says, and for all others gives back its text."""
+    handlers = {"fake": Handler(entry=entry, path=(str(FAKE.parent / "handlers"),), batch_max=4, **handler)}
+    b = Bench(folder, handlers, silent_timeout_s=2.0, checkpoint_s=0.05)
+    b.supervisor._main = MAIN
+    b.job_folder(1).mkdir()
+    items = [json.dumps({"text": str(n), "do": do}) + "\n" for n, do in enumerate(does)]
+    (b.job_folder(1) / "input.jsonl").write_text("".join(items))
+    return b
+
+
+def outputs(b: Bench) -> list[str]:
+    results = (b.job_folder(1) / "results.jsonl").read_text().splitlines()
+    return [json.loads(result)["output"]["text"] for result in results]
+
+
+async def test_real_worker_finishes_a_job(tmp_path: Path) -> None:
+    async with running(real(tmp_path, *[""] * 50)) as b:
+        b.lease(items=50)
+        finished = await b.until(inputs.Finished)
+        assert outputs(b) == [str(n) for n in range(50)]
+        assert finished.checkpoint.results_bytes == (b.job_folder(1) / "results.jsonl").stat().st_size
+
+
+async def test_real_worker_gives_back_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    async with running(real(tmp_path, *[""] * 60, entry="trouble:Slow")) as b:
+        lease = b.lease(items=60)
+        await b.until(inputs.CheckpointReached)
+        lease.yield_why = YieldWhy.TURN_OVER
+        b.supervisor.poke()
+        back = await b.until(inputs.GaveBack)
+        assert 0 < back.checkpoint.upto < 60
+        b.lease(items=60, checkpoint=back.checkpoint)
+        await b.until(inputs.Finished)
+        assert outputs(b) == [str(n) for n in range(60)]
+        assert b.kinds().count("Loaded") == 1
+
+
+@pytest.mark.parametrize(
+    ("do", "cause", "detail"),
+    [
+        ("segfault", "died", "killed by SIGSEGV"),
+        ("exit", "died", "exit status 3"),
+        ("hang", "stalled", "no call of the handler returned for 0.5 s"),
+    ],
+)
+async def test_real_worker_names_the_item_in_hand(tmp_path: Path, do: str, cause: str, detail: str) -> None:
+    async with running(real(tmp_path, *[""] * 13, do, *[""] * 6, stall_timeout_s=0.5)) as b:
+        b.lease(items=20, suspects=(Span(1, 20),))  # one by one
+        lost = await b.until(inputs.Lost)
+        assert (lost.cause, lost.detail) == (cause, detail)
+        assert lost.suspects == (Span(14, 14), Span(13, 13))
+        assert "in suffer" in b.log(1) or do == "exit"  # the stacks
+
+
+@pytest.mark.slow
+async def test_real_worker_that_is_stopped_is_silent(tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    async with running(real(tmp_path, *[""] * 5000, entry="trouble:Slow")) as b:
+        b.lease(items=5000)
+        await b.until(inputs.CheckpointReached)
+        (pid,) = {child.pid for child in psutil.Process().children()} - before
+        psutil.Process(pid).suspend()
+        lost = await b.until(inputs.Lost)
+        assert (lost.cause, lost.detail) == ("silent", "no message for 2 s; it is stopped")
