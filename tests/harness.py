@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -156,8 +157,10 @@ class Host:
         """Start it and return when it answers."""
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpujobd", "serve", "--config", self.folder / "gpujobd.toml"]
-                + ["--state-dir", self.folder / "state", "--socket", self.socket],
+                [
+                    *[sys.executable, "-m", "gpujobd", "serve", "--config", self.folder / "gpujobd.toml"],
+                    *["--state-dir", self.folder / "state", "--socket", self.socket],
+                ],
                 stderr=log,
                 cwd=self.folder,
             )
@@ -226,7 +229,11 @@ def as_user(uid: int, do: Callable[[], T]) -> T:
             os.setuid(uid)
             os.write(writer, pickle.dumps(do()))
             status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
+            sys.stderr.flush()
             os._exit(status)
     os.close(writer)
     with open(reader, "rb") as pipe:

@@ -409,7 +409,7 @@ class Server:
         c.finish(protocol.Done(id=request.id))
 
     def _events(self, c: Connection, request: protocol.Events) -> None:
-        if request.job and self._visible("events", c, request.id, request.job) is None:
+        if request.job and self._visible("see_event", c, request.id, request.job) is None:
             return
         self._task(c, self._stream, request)
 
@@ -437,8 +437,11 @@ class Server:
             return False
         if who.admin or who.observer:
             return True
-        job = self._state.jobs.get(job_id) if job_id else None
-        return job is not None and allowed("events", who, job)
+        gone = self._state.removed.get(job_id)
+        if gone is not None:
+            return gone.owner == who.uid
+        job = self._state.jobs.get(job_id)
+        return job is not None and allowed("see_event", who, job)
 
 
 async def _or_alive(c: Connection, request_id: int, event: trio.Event) -> None:
@@ -476,7 +479,7 @@ def _wanted(job: model.Job, request: protocol.List, who: Who) -> bool:
         return False
     if request.changed_since and job.changed_seq <= request.changed_since:
         return False
-    return allowed("list", who, job)
+    return allowed("show", who, job)
 
 
 def priority(word: str) -> model.Priority:
