@@ -127,12 +127,14 @@ def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
 
 
 def progress(job: p.Job) -> str:
-    """`21,595 of 50,000 done (43 %), 3 failed`."""
+    """`21,595 of 50,000 done (43 %)`; `21,592 done, 3 failed of 50,000 (43 %)`."""
     items = job.items
-    text = f"{counted(items.done)} of {counted(items.total)} done"
-    if items.total:
-        text += f" ({percent(items)} %)"
-    return text + (f", {counted(items.failed)} failed" if items.failed else "")
+    total = counted(items.total)
+    if items.failed:
+        text = f"{counted(items.done)} done, {counted(items.failed)} failed of {total}"
+    else:
+        text = f"{counted(items.done)} of {total} done"
+    return text + (f" ({percent(items)} %)" if items.total else "")
 
 
 def percent(items: p.Items) -> int:
