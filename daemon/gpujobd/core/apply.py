@@ -40,6 +40,9 @@ def apply(state: State, event: events.AnyEvent, seq: int) -> None:
     assert seq > state.seq, (seq, state.seq)
     state.seq = seq
     _APPLY[type(event)](state, event)
+    job = state.jobs.get(getattr(event, "job_id", 0))
+    if job is not None:
+        job.changed_seq = seq
 
 
 # --- the daemon -------------------------------------------------------------------------------------------------
@@ -133,6 +136,7 @@ def _submitted(state: State, event: events.Submitted) -> None:
         failures_max=event.failures_max,
         retry_of=event.retry_of,
         inline_seq=state.seq if event.input else 0,
+        reservation_id=event.reservation_id,
         priority=event.priority,
         level=event.priority,
         line_key=event.job_id,
