@@ -1,0 +1,340 @@
+"""The parts of the documents that are made from the code, so that they cannot say something else.
+
+    <!-- made: NAME -->
+    ...made...
+    <!-- end -->
+
+    python tests/documents.py              say which parts are not as the code has them
+    python tests/documents.py --rewrite    make them anew
+
+Rule 1: of a table every cell but the last is made; the last, what it means, is people's, and is kept on a rewrite.
+Rule 2: a new row comes with an empty last cell, and a test refuses those: whoever adds a key explains it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PART: Final = re.compile(r"^<!-- made: ([a-z_ ]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+
+COLUMN_MAX: Final = 48  # a cell that is longer stands out of its column
+
+Row = tuple[str, ...]
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def parts(text: str) -> dict[str, str]:
+    return {found[1]: found[2] for found in PART.finditer(text)}
+
+
+def rewritten(text: str) -> str:
+    """The document with every part as the code has it now."""
+    return PART.sub(lambda found: f"<!-- made: {found[1]} -->\n{make(found[1], found[2])}<!-- end -->", text)
+
+
+def make(name: str, before: str) -> str:
+    """The part of this name; `before` is where the explanations are taken from."""
+    kind, _, what = name.partition(" ")
+    if kind == "figure":
+        return f"```\n{FIGURES[what]()}```\n"
+    header, rows = TABLES[name]() if name in TABLES else FAMILIES[kind](what)
+    return table(header, rows, explained(before))
+
+
+def table(header: Row, rows: Iterable[Row], meanings: dict[str, str]) -> str:
+    """Aligned, so that it can be read in a terminal; the last column is people's."""
+    lines = [header, *((*row, meanings.get(row[0], "")) for row in rows)]
+    widths = [min(COLUMN_MAX, max(len(line[column]) for line in lines)) for column in range(len(header) - 1)]
+
+    def drawn(line: Row) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        return f"| {' | '.join(cells)} | {line[-1]} |\n".replace("|  |", "| |")
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|---|\n"
+    return drawn(lines[0]) + rule + "".join(map(drawn, lines[1:]))
+
+
+def explained(before: str) -> dict[str, str]:
+    """First cell to last cell of a table."""
+    found = {}
+    for line in before.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+        if len(cells) > 1:
+            found[cells[0]] = cells[-1]
+    return found
+
+
+# --- what they are made from --------------------------------------------------------------------------------------
+
+
+def lifecycle() -> str:
+    """Every move of a job, and the events that make it."""
+    from gpujobd.core.model import NEXT, JobState
+
+    assert set(MOVED_BY) == {(a, b) for a, onward in NEXT.items() for b in onward}
+    lines = []
+    for state in JobState:
+        onward = sorted(NEXT[state], key=list(JobState).index)
+        for number, after in enumerate(onward):
+            lead = f"{state.value:<8} --+--> " if not number else " " * 11 + "+--> "
+            lines.append(f"{lead}{after.value:<10} {', '.join(MOVED_BY[state, after])}")
+        if not onward:
+            lines.append(f"{state.value:<10} final")
+    return "\n".join(lines) + "\n"
+
+
+MOVED_BY: Final[dict[tuple[str, str], tuple[str, ...]]] = {
+    ("queued", "running"): ("leased",),
+    ("queued", "paused"): ("paused",),
+    ("queued", "cancelled"): ("cancelled",),
+    ("queued", "expired"): ("expired",),
+    ("queued", "failed"): ("failed",),
+    ("running", "queued"): ("yielded", "lease_lost", "handler_load_failed"),
+    ("running", "paused"): ("yielded or lease_lost, then paused",),
+    ("running", "completed"): ("completed",),
+    ("running", "failed"): ("lease_lost or handler_load_failed, then failed",),
+    ("running", "cancelled"): ("yielded or lease_lost, then cancelled",),
+    ("running", "expired"): ("yielded or lease_lost, then expired",),
+    ("paused", "queued"): ("resumed",),
+    ("paused", "cancelled"): ("cancelled",),
+    ("paused", "expired"): ("expired",),
+}
+
+
+def wire_type(kind: Any) -> str:
+    """A type in the words of PROTOCOL.md."""
+    names = {int: "int", str: "str", bool: "bool", float: "float", bytes: "bin", object: "any"}
+    if kind in names:
+        return names[kind]
+    if getattr(kind, "__name__", "") == "datetime":
+        return "time"
+    if typing.get_origin(kind) is list:
+        return f"[{wire_type(typing.get_args(kind)[0])}]"
+    if typing.get_origin(kind) is dict:
+        key, value = typing.get_args(kind)
+        return f"{{{wire_type(key)}: {wire_type(value)}}}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = [k for k in typing.get_args(kind) if k not in (types.NoneType, msgspec.UnsetType)]
+        return " or ".join(map(wire_type, inner))
+    assert issubclass(kind, msgspec.Struct), kind
+    return kind.__name__
+
+
+def fields(record: type, *, without: Sequence[str] = ("id",)) -> Iterator[tuple[str, Any, str]]:
+    """Name, type and default ("" where it must be there, "-" where it may be absent) of every field."""
+    for field in msgspec.structs.fields(record):
+        if field.name not in without:
+            yield field.name, field.type, _default(field)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory
+    if value is msgspec.NODEFAULT:
+        return ""
+    if value in (msgspec.UNSET, None):
+        return "-"
+    if value in (list, dict):
+        return "[]" if value is list else "{}"
+    return (
+        {True: "true", False: "false", "": '""'}.get(value, str(value))
+        if not isinstance(value, int) or isinstance(value, bool)
+        else str(value)
+    )
+
+
+def message(kind: str) -> Callable[[str], tuple[Row, list[Row]]]:
+    """Fields of a request, a reply or a record, by its tag or name."""
+
+    def rows(name: str) -> tuple[Row, list[Row]]:
+        record = members(kind)[name]
+        return ("field", "type", "default", "what"), [(n, wire_type(t), d) for n, t, d in fields(record)]
+
+    return rows
+
+
+def members(kind: str) -> dict[str, type]:
+    from gpujobd import protocol
+
+    if kind == "record":
+        records = (
+            protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings, protocol.DeviceView,
+            protocol.HandlerView, protocol.TenantView, protocol.Switches,
+        )  # fmt: skip
+        return {record.__name__.lower(): record for record in records}
+    union = protocol.AnyRequest if kind == "request" else protocol.AnyReply
+    return {record.__struct_config__.tag: record for record in typing.get_args(union)}
+
+
+def error_codes() -> tuple[Row, list[Row]]:
+    from gpujobd.protocol import ErrorCode
+    from jobctl.exits import exit_of
+
+    return ("code", "exit", "when"), [(code.value, str(exit_of(code).value)) for code in ErrorCode]
+
+
+def limits() -> tuple[Row, list[Row]]:
+    from gpujobd import connection, protocol, server, submissions
+
+    rows = []
+    for module in (protocol, connection, submissions, server):
+        for name in LIMITS:
+            value = getattr(module, name, None)
+            if value is not None and name not in {row[0] for row in rows}:
+                rows.append((name, f"{value:g}" if isinstance(value, float) else f"{value:,}"))
+    assert {row[0] for row in rows} == set(LIMITS)
+    return ("limit", "value", "what happens at it"), rows
+
+
+LIMITS: Final = (
+    "FRAME_BYTES_MAX", "INLINE_BYTES_MAX", "CHUNK_BYTES_MAX", "PAGE_JOBS_MAX", "IN_FLIGHT_MAX",
+    "FIRST_FRAME_S", "FRAME_S", "IDLE_S", "WRITE_S", "PING_S", "OUT_BYTES_MAX", "CHUNK_S",
+    "CONNECTIONS_MAX", "CONNECTIONS_RESERVED", "CONNECTIONS_PER_UID_MAX",
+)  # fmt: skip
+
+
+def rights() -> tuple[Row, list[Row]]:
+    from gpujobd.core.rights import RIGHTS, Relation
+
+    header = ("verb", *(relation.value for relation in Relation), "remark")
+    rows = [
+        (
+            verb,
+            *("yes" if relation in granted or Relation.ANYBODY in granted else "" for relation in Relation),
+        )
+        for verb, granted in RIGHTS.items()
+    ]
+    return header, rows
+
+
+def event_tags() -> tuple[Row, list[Row]]:
+    """Events as clients get them: `at` and `job` for at_ns and job_id, nothing that serves the daemon alone."""
+    from gpujobd import views
+    from gpujobd.core.events import AnyEvent
+
+    rows = []
+    for event in typing.get_args(AnyEvent):
+        names = [f.name for f in msgspec.structs.fields(event) if f.name not in views.WITHHELD | {"at_ns"}]
+        rows.append((event.__struct_config__.tag, ", ".join("job" if n == "job_id" else n for n in names)))
+    return ("event", "fields besides event and at", "the fact"), rows
+
+
+def reasons() -> tuple[Row, list[Row]]:
+    from gpujobd.core.model import Reason
+
+    return ("reason", "what it means, and what to do"), [(reason.value,) for reason in Reason]
+
+
+def yields() -> tuple[Row, list[Row]]:
+    from gpujobd.core.model import YieldWhy
+
+    return ("yielding", "what becomes of the job"), [(why.value,) for why in YieldWhy]
+
+
+def item_codes() -> tuple[Row, list[Row]]:
+    from gpujobd_worker import failures
+
+    names = (
+        "REJECTED",
+        "TRANSIENT",
+        "HANDLER_ERROR",
+        "BAD_OUTPUT",
+        "BAD_JSON",
+        "OUT_OF_MEMORY",
+        "WORKER_LOST",
+        "ITEM_TOO_LARGE",
+    )
+    return ("code", "the item"), [(getattr(failures, name),) for name in names]
+
+
+def exit_codes() -> tuple[Row, list[Row]]:
+    from jobctl.exits import Exit
+
+    return ("exit", "when"), [(str(code.value),) for code in Exit]
+
+
+def configuration() -> tuple[Row, list[Row]]:
+    from gpujobd import config
+
+    rows = [*_keys(config.File, ""), *_keys(config.TenantSection, "tenants.NAME.")]
+    return ("key in gpujobd.toml", "default", "what"), rows
+
+
+def handler_keys() -> tuple[Row, list[Row]]:
+    from gpujobd import config
+
+    rows = [*_keys(config.Handler, ""), *_keys(config.ParamSection, "job_params.NAME.")]
+    return ("key in handlers.d/NAME.toml", "default", "what"), rows
+
+
+def _keys(section: type, prefix: str) -> Iterator[Row]:
+    """Keys with their defaults; tables below a table are followed, tables by name are not."""
+    for field in msgspec.structs.fields(section):
+        kind = field.type
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            yield from _keys(kind, f"{prefix}{field.name}.")
+        elif typing.get_origin(kind) is not dict or typing.get_args(kind)[1] is Any:
+            yield f"`{prefix}{field.name}`", _toml(field)
+
+
+def _toml(field: msgspec.structs.FieldInfo) -> str:
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory
+    if value is msgspec.NODEFAULT:
+        return "(must be set)"
+    if value is None:
+        return "-"
+    if value is dict:
+        return "{}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{one}"' for one in value) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else f"{value:_}"
+
+
+FIGURES: Final[dict[str, Callable[[], str]]] = {"lifecycle": lifecycle}
+TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
+    "error codes": error_codes,
+    "limits": limits,
+    "rights": rights,
+    "events": event_tags,
+    "reasons": reasons,
+    "yields": yields,
+    "item codes": item_codes,
+    "exit codes": exit_codes,
+    "configuration": configuration,
+    "handler keys": handler_keys,
+}
+FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "record")}
+DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
+
+
+def main() -> int:
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        now = rewritten(text)
+        if now != text and "--rewrite" in sys.argv[1:]:
+            path.write_text(now, encoding="utf-8")
+            print(f"{name}: rewritten")
+        elif now != text:
+            stale += [f"{name}: {part}" for part, body in parts(text).items() if make(part, body) != body]
+    print("\n".join(stale) or "the documents say what the code does")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
