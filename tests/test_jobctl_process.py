@@ -184,7 +184,7 @@ def test_a_completion_file_knows_every_verb_and_long_option_and_no_other(name):
     text = (shell.FOLDER / shell.FILES[name]).read_text()
     words = set(re.findall(r"[\w-]+", text))
     assert set(entry.VERBS) | set(entry.ALIASES) <= words
-    known = {option for verb in entry.VERBS for option in options_of(verb)} | {"--version"}
+    known = {option for verb in entry.VERBS for option in options_of(verb)} | {"--help", "--version"}
     if name == "fish":
         found = {f"--{option}" for option in re.findall(r"(?<!set )-l ([a-z-]+)", text)}
     else:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import click
 
-from jobctl.command import Session, common_options, keep_lines
+from jobctl.command import Helped, Session, common_options, keep_lines
 from jobctl.exits import Exit, Failure
 
 
@@ -55,7 +55,7 @@ VERBS: Final = {
 ALIASES: Final = {"ls": "list"}
 
 
-class Verbs(click.Group):
+class Verbs(Helped, click.Group):
     """The verbs, each imported when it is asked for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,6 @@ def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
     "jobctl",
     cls=Verbs,
     invoke_without_command=True,
-    add_help_option=False,
     params=[
         *common_options(),
         click.Option(

@@ -79,6 +79,23 @@ def _show_help(context: click.Context, _: click.Parameter, value: bool) -> None:
         context.exit()
 
 
+class Helped(click.Command):
+    """A command whose help option costs nothing: click's own looks for a translation first, and that takes 4 ms."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:  # noqa: ARG002  # click's signature
+        return HELP
+
+
+HELP: Final = click.Option(
+    ["-h", "--help"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_help,
+    help="Show this message.",
+)
+
+
 def common_options() -> list[click.Parameter]:
     """Options that may stand before the verb and after it."""
     return [
@@ -96,18 +113,10 @@ def common_options() -> list[click.Parameter]:
             callback=_keep_socket,
             help="Socket of the daemon. [default: $JOBCTL_SOCKET, the user's own daemon, the system's]",
         ),
-        click.Option(  # click's own looks for a translation of its help text first, and that takes 4 ms
-            ["-h", "--help"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_show_help,
-            help="Show this message.",
-        ),
     ]
 
 
-class Verb(click.Command):
+class Verb(Helped):
     """A command with the options that all have."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +136,7 @@ Wrapped = Callable[[Callable[..., Exit | None]], Verb]
 
 def verb(name: str) -> Wrapped:
     """Decorate a function as the verb of this name; its docstring is the help."""
-    return click.command(name, cls=Verb, add_help_option=False)
+    return click.command(name, cls=Verb)
 
 
 def message_option(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:
@@ -168,9 +177,16 @@ def write_list(key: str, values: list[Any], **more: object) -> None:
 def tell(text: str) -> None:
     """Say something kind to a person; scripts are not bothered."""
     if sys.stderr.isatty():
-        click.echo(text, err=True)
+        _to_stderr(text)
 
 
 def complain(text: str) -> None:
     """One line about something that went wrong, when the command goes on."""
-    click.echo(f"jobctl: {text}", err=True)
+    _to_stderr(f"jobctl: {text}")
+
+
+def _to_stderr(text: str) -> None:
+    """One line; a reason or a name in it may be a stranger's words."""
+    from jobctl.table import clean  # noqa: PLC0415  # a verb that has nothing to say needs none of it
+
+    click.echo(clean(text), err=True)

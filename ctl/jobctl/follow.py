@@ -65,7 +65,7 @@ def report(jobs: Sequence[p.Job]) -> Exit:
     """Say how the jobs ended: of those that went well only to a person. Returns the worst."""
     for job in jobs:
         if describe.ended(job):
-            complain(clean(describe.ending(job)))
+            complain(describe.ending(job))
         else:
             tell(describe.ending(job))
     return worst(describe.ended(job) for job in jobs)
