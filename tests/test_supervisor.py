@@ -647,21 +647,23 @@ async def test_evicted_worker_that_will_not_leave_is_killed(tmp_path: Path) -> N
 async def test_workers_stay_as_long_as_their_memory_fits_the_device(tmp_path: Path) -> None:
     gib = 1 << 30
     b = three_handlers(tmp_path, vram_gib=3.0, vram_bytes=3 * gib, device_bytes=12 * gib)
+    b.state.devices = {"cuda:0": Device(name="cuda:0")}
     async with running(b):
         for job, handler in enumerate(["a", "b", "c"], 1):
-            b.lease(job, handler)
+            b.lease(job, handler, device="cuda:0")
             await b.until(inputs.Finished, job)
         assert not [r for r in b.reports if isinstance(r, inputs.Unloaded)]
-        held = b.supervisor.hardware("cpu")
+        held = b.supervisor.hardware("cuda:0")
         assert held == supervisor.Hardware(name="a fake", memory_bytes=9 * gib, memory_total_bytes=12 * gib)
 
 
 async def test_worker_that_does_not_fit_beside_the_others_takes_their_place(tmp_path: Path) -> None:
     gib = 1 << 30
     b = three_handlers(tmp_path, vram_gib=5.0, vram_bytes=5 * gib, device_bytes=12 * gib)
+    b.state.devices = {"cuda:0": Device(name="cuda:0")}
     async with running(b):
         for job, handler in enumerate(["a", "b", "c"], 1):
-            b.lease(job, handler)
+            b.lease(job, handler, device="cuda:0")
             await b.until(inputs.Finished, job)
         assert [r.handler for r in b.reports if isinstance(r, inputs.Unloaded)] == ["a"]
 

@@ -116,7 +116,8 @@ def sweep(base: Path) -> None:
     for left in base.glob(f"{PREFIX}-*"):
         daemon = left.name.removeprefix(f"{PREFIX}-").split("-")[0]
         if daemon.isdigit() and not psutil.pid_exists(int(daemon)):
-            _write(left / "cgroup.kill", "1")
+            with contextlib.suppress(OSError):  # what is not gone at once is the next daemon's to sweep
+                _write(left / "cgroup.kill", "1")
             _remove(left)
     with contextlib.suppress(OSError):
         _write(base / "cgroup.subtree_control", "+memory")

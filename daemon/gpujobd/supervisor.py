@@ -43,7 +43,7 @@ __all__ = ["Hardware", "Progress", "Supervisor", "find_devices"]
 LOOK_S: Final = 0.25
 STOP_S: Final = 8.0  # for all workers together, when the daemon stops
 GOODBYE_S: Final = 2.0  # of it, for handlers to close
-UNMEASURED_WORKERS_MAX: Final = 2  # on a device whose memory nobody knows: the CPU
+CPU_WORKERS_MAX: Final = 2  # the host's memory is not the daemon's alone, as a GPU's is
 CONTEXT_BYTES: Final = VRAM_UNIT // 2  # a worker's CUDA context and libraries, which no allocator counts
 
 logger = logging.getLogger("gpujobd.supervisor")
@@ -179,7 +179,7 @@ class Supervisor:
             if worker.phase is Phase.IDLE and not self._hurried:
                 worker.dismiss(GOODBYE_S)
             elif worker.phase not in (Phase.IDLE, Phase.LEAVING):
-                worker.kill("fenced", "the daemon stops")
+                worker.kill("stopped", "the daemon stops")
 
     def _report(self, report: inputs.AnyInput) -> None:
         if self._stop_by is None:  # nobody listens any more
@@ -359,8 +359,8 @@ class Supervisor:
         if not others:
             return True
         _, total = self._known.get(device, ("", 0))
-        if not total:
-            return len(others) < UNMEASURED_WORKERS_MAX
+        if device == "cpu" or not total:
+            return len(others) < CPU_WORKERS_MAX
         learned = state.learned.get(name)
         declared = round(self._config.handlers[name].vram_gib * VRAM_UNIT)
         measured = learned is not None and learned.load_ns > 0

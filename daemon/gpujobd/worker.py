@@ -204,7 +204,7 @@ class Worker:
             await self._report_lost(self.grant)
         if self.loaded:
             self._report(inputs.Unloaded(device=self.device, handler=self.name))
-        elif not self.load_error and self._cause not in ("dismissed", "fenced"):
+        elif not self.load_error and self._cause not in ("dismissed", "fenced", "stopped"):
             self.load_error = self._detail
 
     async def _report_lost(self, grant: Grant) -> None:

@@ -13,6 +13,7 @@ Rule 3: both pipes are read at all times, so that a worker never waits for the d
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import signal
@@ -29,7 +30,10 @@ from gpujobd import worker_messages as messages
 from gpujobd.cgroup import MARK, Family, Group, Kin, new_mark
 
 MAIN: Final = Path(gpujobd.__file__).resolve().parent.parent / "gpujobd_worker" / "__main__.py"
-READ_BYTES: Final = 1 << 18
+READ_BYTES: Final = 1 << 20  # also the size of the output pipe, where the kernel lets us
+FLOOD_BYTES: Final = 1 << 16  # waiting at once: somebody prints in a loop
+FLOOD_PAUSE_S: Final = 0.01
+"""After so much at once the reader pauses. So a flood of output, at up to 100 MB/s, costs the daemon little time."""
 DRAIN_S: Final = 1.0
 """How long the pipes of a dead worker are still read. What it wrote is there at once; only a process that cannot be
 killed and holds the other end keeps them from ending."""
@@ -81,6 +85,8 @@ class WorkerProcess:
         self.died = trio.Event()
         """It is dead, and what it said before is delivered."""
         assert isinstance(process.stdout, trio.lowlevel.FdStream)
+        with contextlib.suppress(OSError):  # over the user's limit for pipes: it stays as it is
+            fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, READ_BYTES)
         self._process = process
         self._output = process.stdout
         self._end = trio.SocketStream(trio.socket.from_stdlib_socket(end))
@@ -180,6 +186,8 @@ class WorkerProcess:
     async def _read(self, listener: Listener, all_read: trio.Event) -> None:
         while output := await self._output.receive_some(READ_BYTES):
             listener.printed(bytes(output))
+            if len(output) >= FLOOD_BYTES:
+                await trio.sleep(FLOOD_PAUSE_S)
         all_read.set()
 
     def output_so_far(self) -> bytes:
