@@ -14,6 +14,7 @@ import pytest
 from documents import ROOT
 from gpujobd import config, protocol
 from gpujobd.core import events, model
+from gpujobd.core.apply import apply
 from gpujobd.core.rights import RIGHTS
 from gpujobd.protocol import AnyReply, AnyRequest, ErrorCode
 from gpujobd.spool import measure
@@ -80,6 +81,50 @@ def test_every_code_reason_event_and_verb_has_its_row():
 def test_every_verb_but_the_stream_of_an_input_has_a_row_of_rights():
     verbs = {request.__struct_config__.tag for request in typing.get_args(AnyRequest)}
     assert verbs - {"hello", "chunk"} <= RIGHTS.keys()
+
+
+FIELDS = {
+    "job_id": 1,
+    "device": "cpu",
+    "attempt": 1,
+    "level": model.Priority.NORMAL,
+    "reason": model.Reason.HELD_BY_OWNER,
+    "checkpoint": model.Checkpoint(upto=1, done=1),
+    "cause": "died",
+    "by": 0,
+    "error": "no",
+}
+TO_BE_THERE = {"queued": [], "running": ["leased"], "paused": ["paused"]}
+
+
+def make_event(tag):
+    """The event of this tag, of job 1 on the CPU."""
+    kind = next(e for e in typing.get_args(events.AnyEvent) if e.__struct_config__.tag == tag)
+    required = [f.name for f in msgspec.structs.fields(kind) if f.required]
+    return kind(**{name: FIELDS.get(name, 1) for name in required})
+
+
+def submitted():
+    return events.Submitted(
+        at_ns=1, job_id=1, submit_id="a", owner=0, tenant="t", handler="h", items=1, input_bytes=2, input_sha256=b""
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"), [(*move, by) for move, by in documents.MOVED_BY.items()]
+)
+def test_events_of_the_figure_make_the_moves_it_shows(before, after, words):
+    for word in words:
+        first, _, then = word.partition(", then ")
+        for tag in first.split(" or "):
+            state = model.State()
+            history = [events.DevicesFound(at_ns=1, devices=("cpu",)), submitted()]
+            history += map(make_event, [*TO_BE_THERE[before], tag, *([then] if then else [])])
+            for seq, event in enumerate(history, 1):
+                if seq == len(history) - bool(then):
+                    assert state.jobs[1].state == before
+                apply(state, event, seq)
+            assert state.jobs[1].state == after
 
 
 # --- examples -----------------------------------------------------------------------------------------------------
