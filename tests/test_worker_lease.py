@@ -303,6 +303,13 @@ def test_system_python_runs_the_worker_too(tmp_path):
         assert worker.run(Job(tmp_path / "job", texts(5)))["type"] == "finished"
 
 
+def test_half_a_surrogate_pair_in_an_error_does_not_break_the_message(worker):
+    """Other JSON readers refuse the escape that json.dumps makes of it."""
+    message = worker.load("no_such_\ud800:Echo")
+    assert message["type"] == "load_failed"
+    assert "no_such_\\ud800" in message["error"]
+
+
 def test_message_that_is_no_json_ends_the_worker(worker):
     worker.load("toys:Echo")
     worker.end.sendall(b"rubbish\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import fcntl
 import os
 import pathlib
@@ -12,6 +13,7 @@ import time
 import zlib
 
 import pytest
+from gpujobd_worker.files import LeaseLost, lost_to, take_lock
 from worker_driver import FRESH, Job, WorkerDriver
 
 
@@ -133,17 +135,41 @@ def test_busy_lock_is_waited_for(tmp_path):
         assert worker.finish(job)["type"] == "finished"
 
 
-def test_busy_lock_loses_the_lease_and_touches_nothing(tmp_path):
+def test_lease_asked_back_while_the_lock_is_busy_is_given_back_untouched(tmp_path):
     job = Job(tmp_path / "job", texts(10))
-    with start() as worker, open(job.folder / "lock", "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        worker.lease(job)
-        worker.send("yield", attempt=job.attempt)  # ends the wait before its 30 s
-        last = worker.finish(job)
-        assert (last["type"], last["cause"]) == ("lost", "died")
-        assert "lock_busy" in last["detail"]
-        assert worker.until_gone() == 1
-    assert not (job.folder / "results.jsonl").exists()
+    with start() as worker:
+        with open(job.folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            worker.lease(job)
+            worker.send("yield", attempt=job.attempt)
+            assert worker.finish(job)["type"] == "yielded"
+        assert job.checkpoint == FRESH
+        assert not (job.folder / "results.jsonl").exists()
+        assert worker.run(job)["type"] == "finished"
+
+
+def test_lock_that_stays_busy_loses_the_lease(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    lock = take_lock(folder, lambda: False)
+    with pytest.raises(LeaseLost, match="lock_busy") as caught:
+        take_lock(folder, lambda: False, wait_s=0.1)
+    assert caught.value.cause == "died"
+    os.close(lock)
+    os.close(take_lock(folder, lambda: False, wait_s=0.1))
+    os.close(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        (errno.ENOSPC, "disk_full"),
+        (errno.EDQUOT, "disk_full"),
+        (errno.EFBIG, "disk_full"),
+        (errno.EIO, "died"),
+    ],
+)
+def test_refusal_of_the_disk_decides_how_the_lease_ends(number, cause):
+    assert lost_to(OSError(number, os.strerror(number)), "writing").cause == cause
 
 
 def run_half(tmp_path: pathlib.Path) -> Job:

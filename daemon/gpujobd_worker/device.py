@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import sys
 from typing import Any
 
@@ -32,7 +31,7 @@ class Gauge:
 
     def __init__(self, name: str) -> None:
         self.name = name  # "cuda:0", "cpu"
-        self._before = _peak_rss_bytes()
+        self._before = _memory_bytes("VmRSS")
 
     @property
     def on_cuda(self) -> bool:
@@ -43,7 +42,7 @@ class Gauge:
         """The largest so far: what torch's allocator reserved on a GPU, resident memory on a CPU."""
         if self.on_cuda:
             return int(torch().cuda.max_memory_reserved(self.name))  # type: ignore[union-attr]
-        return max(0, _peak_rss_bytes() - self._before)
+        return max(0, _memory_bytes("VmHWM") - self._before)
 
     def total_bytes(self) -> int:
         """All there is: of the GPU, or of the host."""
@@ -64,17 +63,24 @@ class Gauge:
             torch().cuda.empty_cache()  # type: ignore[union-attr]
 
 
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB: getrusage(2)
+def _memory_bytes(key: str) -> int:
+    """VmRSS, resident now, or VmHWM, its peak. Not ru_maxrss: a process inherits that from the one that started it."""
+    found = _look_up("/proc/self/status", (key,))
+    return int(found.split()[0]) * 1024 if found else 0  # "5000 kB", always: proc_pid_status(5)
 
 
 def _cpu_model() -> str:
+    return _look_up("/proc/cpuinfo", CPU_MODEL_KEYS) or os.uname().machine
+
+
+def _look_up(path: str, keys: tuple[str, ...]) -> str:
+    """The first value of one of the keys in a file of "key: value" lines."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 key, _, value = line.partition(":")
-                if key.strip() in CPU_MODEL_KEYS:
+                if key.strip() in keys:
                     return value.strip()
     except OSError:
         pass
-    return os.uname().machine
+    return ""

@@ -48,6 +48,10 @@ class LeaseLost(Exception):
         self.detail = detail
 
 
+class GivenUp(Exception):
+    """The lease was asked back before it had begun."""
+
+
 def lost_to(error: OSError, doing: str) -> LeaseLost:
     """How the lease ends when the disk refuses: EFBIG is a file size limit, RLIMIT_FSIZE."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,7 +70,8 @@ def take_lock(folder: int, give_up: Callable[[], bool], wait_s: float = LOCK_WAI
     """The descriptor that holds the lock; closing it lets go.
 
     Raises:
-        LeaseLost: somebody else held it for `wait_s`, or `give_up` said so before.
+        LeaseLost: somebody else held it for `wait_s`.
+        GivenUp: give_up() said so while it was waited for.
     """
     lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600, dir_fd=folder)
     until = time.monotonic() + wait_s
@@ -78,8 +83,16 @@ def take_lock(folder: int, give_up: Callable[[], bool], wait_s: float = LOCK_WAI
                 time.sleep(LOCK_POLL_S)
                 continue
             os.close(lock)
+            if give_up():
+                raise GivenUp from None
             raise LeaseLost("died", f"lock_busy: another process held the lock for {wait_s:.0f} s") from None
         return lock
+
+
+def _unlock(lock: int) -> None:
+    """By hand first: a child that the handler has forked holds a copy of the descriptor."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 class Output:
@@ -190,11 +203,11 @@ class JobFiles:
     def __init__(
         self, path: str, attempt: int, checkpoint: dict[str, int], give_up: Callable[[], bool]
     ) -> None:
-        """Raises: LeaseLost."""
+        """Raises: LeaseLost, GivenUp."""
         self._closers: list[Callable[[], None]] = []
         try:
             self._open(path, attempt, checkpoint, give_up)
-        except LeaseLost:
+        except (LeaseLost, GivenUp):
             self.close()
             raise
         except OSError as error:
@@ -207,7 +220,7 @@ class JobFiles:
         self.input = open_to_read(INPUT, self.folder)
         self._closers.append(lambda: os.close(self.input))
         lock = take_lock(self.folder, give_up)
-        self._closers.append(lambda: os.close(lock))
+        self._closers.append(lambda: _unlock(lock))
         self.page = Page(self.folder, attempt)
         self._closers.append(self.page.close)
         self.results = Output(self.folder, RESULTS, checkpoint["results_bytes"], checkpoint["results_crc"])

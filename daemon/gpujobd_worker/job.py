@@ -27,7 +27,7 @@ from gpujobd_worker.failures import (
     refusal_of,
     shorten,
 )
-from gpujobd_worker.files import JobFiles, LeaseLost
+from gpujobd_worker.files import GivenUp, JobFiles, LeaseLost
 from gpujobd_worker.lines import Reader, Segment, Window, chunks, parse, read_numbers
 from gpujobd_worker.pipe import TEXT_CHARS_MAX, Message, Pipe
 from gpujobd_worker.terms import Terms
@@ -68,12 +68,15 @@ class Lease:
 
         Files are not closed in a `finally`: after a bug of ours the threads use them until the process ends.
         """
-        terms, pulse = self._terms, self._desk.pulse
-        pulse.attempt = terms.attempt
+        terms = self._terms
+        self._desk.pulse.attempt = terms.attempt
         try:
             files = JobFiles(terms.folder, terms.attempt, terms.checkpoint, self._stop.is_set)
         except LeaseLost as lost:
             self._report_lost(lost, {})
+            return
+        except GivenUp:
+            self._tell("yielded", {"checkpoint": terms.checkpoint})
             return
         ending, report = self._work(files)
         files.close()
@@ -81,18 +84,22 @@ class Lease:
             self._report_lost(ending, report)
         else:
             left = terms.items - self._writer.checkpoint["done"] - self._writer.checkpoint["failed"]
-            self._pipe.send("yielded" if left else "finished", attempt=terms.attempt, **report)
+            self._tell("yielded" if left else "finished", report)
+
+    def _tell(self, kind: str, fields: dict[str, Any]) -> None:
+        """The last message of the lease."""
+        pulse = self._desk.pulse
         pulse.attempt = pulse.line = pulse.batch = 0
+        self._pipe.send(kind, attempt=self._terms.attempt, **fields)
 
     def _report_lost(self, lost: LeaseLost, report: dict[str, Any]) -> None:
         """The lease is over; after some causes the process is, too."""
         detail = shorten(lost.detail, TEXT_CHARS_MAX)
         log(f"lease lost: {lost.cause}: {detail}")
-        fields = {"attempt": self._terms.attempt, "cause": lost.cause, "detail": detail, **report}
+        fields = {"cause": lost.cause, "detail": detail, **report}
         if lost.cause in PROCESS_ENDS:
-            self._pipe.last_words(EXIT_LOST, "lost", **fields)
-        self._desk.pulse.attempt = 0
-        self._pipe.send("lost", **fields)
+            self._pipe.last_words(EXIT_LOST, "lost", attempt=self._terms.attempt, **fields)
+        self._tell("lost", fields)
 
     def _work(self, files: JobFiles) -> tuple[LeaseLost | None, dict[str, Any]]:
         """The pipeline. Returns why the lease is lost, if it is, and the last report."""

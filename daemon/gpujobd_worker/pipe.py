@@ -70,6 +70,7 @@ class Pipe:
             leave(status)
 
     def _write(self, kind: str, fields: dict[str, object]) -> None:
+        fields = {name: _utf8(value) if isinstance(value, str) else value for name, value in fields.items()}
         message = json.dumps({"type": kind, **fields}, allow_nan=False).encode() + b"\n"
         assert len(message) <= MESSAGE_BYTES_MAX, len(message)  # pairs with receive()
         try:
@@ -95,6 +96,11 @@ class Pipe:
             return self._end.recv(READ_BYTES)
         except ConnectionResetError:
             return b""
+
+
+def _utf8(text: str) -> str:
+    """Without lone surrogates, which other JSON readers refuse; an exception may quote an item that has one."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _parse(line: bytearray) -> Message:
