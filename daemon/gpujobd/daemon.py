@@ -20,6 +20,7 @@ import resource
 import signal
 import socket
 import stat
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -53,6 +54,7 @@ EX_TEMPFAIL: Final = 75
 EX_CONFIG: Final = 78
 BACKLOG: Final = 1024
 DESCRIPTORS: Final = 65_536
+SWITCH_S: Final = 0.0005  # a thread back from a sync takes the interpreter this soon; Python's 5 ms would be most of a commit
 LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
 SYNC_STUCK_S: Final = 20.0
 STATUS_S: Final = 1.0
@@ -338,6 +340,7 @@ def _answers(path: Path) -> bool:
 
 def _limit_ourselves() -> None:
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_S)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
