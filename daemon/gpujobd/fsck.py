@@ -297,7 +297,7 @@ class _Scan:
             self.next_seq = max(self.next_seq, header.first_seq)
 
     def _frames(self, name: str, held: bytes, ends: int) -> Iterator[_Frame]:
-        offset = frames.BLOCK
+        offset = end = frames.BLOCK
         bad = 0  # where damage begins that no frame has ended yet
         while offset < len(held):
             header = self._whole(held, offset)
@@ -316,11 +316,11 @@ class _Scan:
                 bad = 0
             self.next_seq = header.last_seq + 1
             yield _Frame(name, offset, header)
-            offset += header.size
+            offset = end = offset + header.size
         if bad and ends:
             self._problem(name, bad, ends - 1, "what stands before the next segment does not check")
         elif bad:
-            self._tail(name, held, bad)
+            self._tail(name, held, end, bad)
 
     def _whole(self, held: bytes, offset: int) -> frames.Header | None:
         """A frame of this store that checks and does not go back."""
@@ -335,19 +335,22 @@ class _Scan:
             return None
         return header
 
-    def _tail(self, name: str, held: bytes, bad: int) -> None:
-        """Damage that no frame follows: torn, or else its header may say how many records it held."""
-        header = frames.parse(held, bad)
+    def _tail(self, name: str, held: bytes, end: int, bad: int) -> None:
+        """Damage that no frame follows, at `end` or after: torn, or else its header may say how many records it held.
+
+        Beside other damage nothing passes for torn: a person is to know of it.
+        """
+        header = frames.parse(held, end)
         follows = header is not None and header.first_seq == self.next_seq
-        if header is None:
-            self.torn = frames.is_zero(held, bad, bad + frames.SECTOR)
-        elif follows:
-            self.torn = recovery.is_cut_short(held, bad, header)
+        if not self.problems and header is None:
+            self.torn = frames.is_zero(held, end, end + frames.SECTOR)
+        elif not self.problems and header and follows:
+            self.torn = recovery.is_cut_short(held, end, header)
         if not self.torn:
             last = (
                 header.last_seq
                 if header and follows
-                else self.next_seq - 1 + recovery.unreadable_max(held, bad)
+                else self.next_seq - 1 + recovery.unreadable_max(held, end)
             )
             self.problems.append(Problem(name, bad, self.next_seq, last, "what stands here does not check"))
 

@@ -245,15 +245,15 @@ class Journal:
 
     def _roll(self) -> None:
         """Begin the next segment: its block 0 is synced BEFORE it has a name, its name BEFORE it has a frame."""
-        path = self._spares.take()
         header = frames.SegmentHeader(
             self._store, self.last_seq + 1, 0, self._header_crc, time.time_ns(), self.segment_bytes
         )
         segment = Segment(recovery.segment_name(header.first_seq), header)
-        fd = self._disk.open(path, write=True)
-        put(self._disk, fd, frames.segment_block(header), 0)
-        self._disk.fdatasync(fd)
-        self._disk.rename(path, self._path(segment.name))
+        with self._spares.taken() as path:
+            fd = self._disk.open(path, write=True)
+            put(self._disk, fd, frames.segment_block(header), 0)
+            self._disk.fdatasync(fd)
+            self._disk.rename(path, self._path(segment.name))
         self._disk.fsync_dir(self.directory)
         if self._fd >= 0:
             self._disk.close(self._fd)

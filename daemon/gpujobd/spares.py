@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 from gpujobd.disk import NO_SPACE, Disk, put
@@ -20,10 +21,10 @@ _PIECE: Final = bytes(1 << 20)
 
 
 class Spares:
-    """`make` may run in one thread beside `take` in another."""
+    """`make` may run in one thread beside `taken` in another: they exclude each other."""
 
     def __init__(self, disk: Disk, directory: str, segment_bytes: int) -> None:
-        self.next_path = f"{directory}/next"
+        self._next_path = f"{directory}/next"
         self._ballast_path = f"{directory}/ballast"
         self._disk, self._directory, self._segment_bytes = disk, directory, segment_bytes
         self._lock = threading.Lock()
@@ -34,8 +35,9 @@ class Spares:
     def missing(self) -> bool:
         return not (self._next_ready and self._ballast_ready)
 
-    def take(self) -> str:
-        """Path of a zero-filled, synced file, the caller's to rename.
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[str]:
+        """A zero-filled, synced file: the caller renames it inside, so that nobody takes it for a spare again.
 
         Raises:
             OSError: there is none and none can be made.
@@ -44,7 +46,7 @@ class Spares:
             if not self._next_ready:
                 self._make_next()
             self._next_ready = False
-            return self.next_path
+            yield self._next_path
 
     def make(self) -> bool:
         """Make what is missing; False: there is no space for all of it.
@@ -67,16 +69,16 @@ class Spares:
 
     def _make_next(self) -> None:
         try:
-            if self._stands(self.next_path):
-                self._zero(self.next_path)
+            if self._stands(self._next_path):
+                self._zero(self._next_path)
             else:
-                self._make_file(self.next_path)
+                self._make_file(self._next_path)
         except OSError as error:
             if error.errno not in NO_SPACE or not self._stands(self._ballast_path):
                 raise
             self._ballast_ready = False
-            self._disk.rename(self._ballast_path, self.next_path)
-            self._zero(self.next_path)
+            self._disk.rename(self._ballast_path, self._next_path)
+            self._zero(self._next_path)
         self._next_ready = True
 
     def _stands(self, path: str) -> bool:
