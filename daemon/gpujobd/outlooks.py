@@ -12,6 +12,7 @@ from typing import Final
 import trio
 
 from gpujobd.core.forecast import Outlook, forecast
+from gpujobd.core.model import Job
 from gpujobd.turns import Turns
 
 KEPT_S: Final = 1.0
@@ -53,20 +54,28 @@ class Outlooks:
             await self._compute()
             await trio.sleep(max(KEPT_S, self._cost_s / SHARE_MAX))
 
+    async def of_extra(self, job: Job) -> Outlook | None:
+        """What a job that is not submitted could expect."""
+        outlooks, _ = await self._ahead(job)
+        return outlooks.get(job.job_id)
+
     async def _compute(self) -> None:
         started = trio.current_time()
-        cost = 0.0
-        steps = forecast(self._turns.state, self._turns.rules, time.time_ns())
+        self._outlooks, self._cost_s = await self._ahead(None)
+        self._computed_at = started
+        self._done.set()
+        self._done = trio.Event()
+
+    async def _ahead(self, extra: Job | None) -> tuple[dict[int, Outlook], float]:
+        """The forecast, and what it cost in seconds of the loop's time."""
+        cost_s = 0.0
+        steps = forecast(self._turns.state, self._turns.rules, time.time_ns(), extra)
         while True:
             step_at = time.perf_counter()
             try:
                 next(steps)
             except StopIteration as end:
-                self._outlooks = end.value
-                break
+                return end.value, cost_s
             finally:
-                cost += time.perf_counter() - step_at
+                cost_s += time.perf_counter() - step_at
             await trio.lowlevel.checkpoint()
-        self._cost_s, self._computed_at = cost, started
-        self._done.set()
-        self._done = trio.Event()

@@ -19,11 +19,13 @@ from typing import Final
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from gpujobd import protocol, server, views
 from gpujobd.connection import Connection
 from gpujobd.core import inputs, model
 from gpujobd.core.admission import Refused, find_submitted
+from gpujobd.core.apply import job_of
 from gpujobd.core.decide import decide
 from gpujobd.core.events import AnyEvent, Reserved, Submitted
 from gpujobd.core.inputs import Submission
@@ -71,24 +73,33 @@ class Submissions:
         except ValueError as error:
             c.fail(request.id, ErrorCode.BAD_INPUT, str(error))
             return
+        assert c.nursery is not None
         if request.dry_run:
-            self._try(c, request, submission)
+            c.nursery.start_soon(self._try, c, request.id, submission)
         elif request.input is not None:
             given = inputs.Submit(who=c.who, submission=submission, inline=request.input)
             self._turns.ask(given, lambda outcome: self._accepted(c, request.id, submission, outcome))
         else:
-            assert c.nursery is not None
             c.nursery.start_soon(self._reserve, c, request.id, submission)
 
-    def _try(self, c: Connection, request: protocol.Submit, submission: Submission) -> None:
-        """What would happen: decided for real, then thrown away."""
+    async def _try(self, c: Connection, request_id: int, submission: Submission) -> None:
+        """What would happen: decided for real, run ahead, then thrown away."""
+        given = inputs.Submit(who=c.who, submission=submission, inline=b"\n")
         try:
-            given = inputs.Submit(who=c.who, submission=submission, inline=b"\n")
-            decide(self._turns.head, self._turns.rules, given, time.time_ns())
+            events = decide(self._turns.head, self._turns.rules, given, time.time_ns())
         except Refused as refusal:
-            server.fail(c, request.id, refusal)
+            server.fail(c, request_id, refusal)
             return
-        c.finish(protocol.Accepted(id=request.id, job=0))
+        event = next((event for event in events if isinstance(event, Submitted)), None)
+        outlook = await self._outlooks.of_extra(job_of(event)) if event else None
+        c.finish(
+            protocol.Accepted(
+                id=request_id,
+                job=0,
+                forecast=views.forecast(outlook),
+                position=outlook.position if outlook and outlook.position else UNSET,
+            )
+        )
 
     def _accepted(self, c: Connection, request_id: int, submission: Submission, outcome: Outcome) -> None:
         if isinstance(outcome, Exception):

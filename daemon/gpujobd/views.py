@@ -78,7 +78,7 @@ def _reason(state: State, config: Config, j: model.Job, now_ns: int) -> tuple[st
 
 
 def forecast(outlook: Outlook | None) -> protocol.Forecast | UnsetType:
-    if outlook is None or not outlook.finish_ns:
+    if outlook is None or not (outlook.start_ns or outlook.finish_ns):
         return UNSET
     return protocol.Forecast(
         start_at=moment(outlook.start_ns),

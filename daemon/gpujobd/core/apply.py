@@ -119,12 +119,20 @@ def _submitted(state: State, event: events.Submitted) -> None:
     learned = state.learned.get(event.handler)
     if learned is None:
         learned = state.learned[event.handler] = Learned(name=event.handler)
-    job = Job(
+    job = job_of(event, inline_seq=state.seq if event.input else 0)
+    job.tenant, job.handler = tenant.name, learned.name  # one string for all jobs of a name
+    state.jobs[job.job_id] = job
+    book.admit(state, job)
+
+
+def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
+    """The job as it was submitted: queued, or asleep until its begin time."""
+    return Job(
         job_id=event.job_id,
         submit_id=event.submit_id,
         owner=event.owner,
-        tenant=tenant.name,
-        handler=learned.name,
+        tenant=event.tenant,
+        handler=event.handler,
         items=event.items,
         input_bytes=event.input_bytes,
         input_sha256=event.input_sha256,
@@ -135,7 +143,7 @@ def _submitted(state: State, event: events.Submitted) -> None:
         deadline_ns=event.deadline_ns,
         failures_max=event.failures_max,
         retry_of=event.retry_of,
-        inline_seq=state.seq if event.input else 0,
+        inline_seq=inline_seq,
         reservation_id=event.reservation_id,
         priority=event.priority,
         level=event.priority,
@@ -145,8 +153,6 @@ def _submitted(state: State, event: events.Submitted) -> None:
         queued_ns=event.at_ns,
         forecast_ns=event.forecast_ns,
     )
-    state.jobs[job.job_id] = job
-    book.admit(state, job)
 
 
 def _inputs_spooled(state: State, event: events.InputsSpooled) -> None:
