@@ -163,7 +163,9 @@ def _inputs_spooled(state: State, event: events.InputsSpooled) -> None:
 
 def _woken(state: State, event: events.Woken) -> None:
     for job_id in event.job_ids:
-        book.wake(state, state.jobs[job_id], event.at_ns)
+        job = state.jobs[job_id]
+        job.changed_seq = state.seq
+        book.wake(state, job, event.at_ns)
 
 
 def _priority_changed(state: State, event: events.PriorityChanged) -> None:
@@ -424,7 +426,7 @@ def _lease_lost(state: State, event: events.LeaseLost) -> None:
     if event.canary_due:
         job.canary_due = tuple(sorted({*job.canary_due, *event.canary_due}))
     if event.condemned:
-        job.condemned = tuple(sorted({*job.condemned, *event.condemned}))
+        _condemn(job, event.condemned)
     _end_lease(state, job, event.at_ns)
 
 
@@ -435,8 +437,12 @@ def _canary_passed(state: State, event: events.CanaryPassed) -> None:
     job = state.jobs[event.job_id]
     lease = _lease(state, event.job_id, event.attempt)
     lease.canary = False
-    job.canary_due = tuple(line for line in job.canary_due if line not in event.lines)
-    job.condemned = tuple(sorted({*job.condemned, *event.lines}))
+    _condemn(job, event.lines)
+
+
+def _condemn(job: Job, lines: tuple[int, ...]) -> None:
+    job.canary_due = tuple(line for line in job.canary_due if line not in lines)
+    job.condemned = tuple(sorted({*job.condemned, *lines}))
 
 
 def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:

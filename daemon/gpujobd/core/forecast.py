@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from copy import copy
 from heapq import heapify, heappop, heappush, merge
+from itertools import chain
 from typing import Final
 
 import msgspec
@@ -206,11 +207,11 @@ class _Ahead:
         """Find the shortest turn that keeps the number of steps bounded."""
         total_ns = 0
         prices = {name: learned.item_ns or policy.ITEM_GUESS_NS for name, learned in self.learned.items()}
-        for line in list(self.lines.values()):
-            for at, job in enumerate(line.waiting):
-                total_ns += job.left * prices.get(job.handler, policy.ITEM_GUESS_NS)
-                if at % (20 * STEP) == 20 * STEP - 1:
-                    yield
+        jobs = chain.from_iterable(line.waiting for line in list(self.lines.values()))
+        for at, job in enumerate(jobs):
+            total_ns += job.left * prices.get(job.handler, policy.ITEM_GUESS_NS)
+            if at % (20 * STEP) == 0:
+                yield
         self.quantum_ns = total_ns // (STEPS_MAX * max(1, len(self.servers)))
 
     def run(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Final
 
 from gpujobd.core import book, events, policy
 from gpujobd.core.inputs import DiskSpace, QueueVerb, Spooled, Start, SwitchQueue
-from gpujobd.core.leases import daemon_died
+from gpujobd.core.leases import canary_line, daemon_died
 from gpujobd.core.model import (
     S_NS,
     Device,
@@ -189,6 +189,7 @@ def _leased(
     state: State, rules: Rules, device: Device, claim: policy.Claim, new_turn: bool, now_ns: int
 ) -> events.Leased:
     job = claim.job
+    testing = bool(job.canary_due) or device.state is DeviceState.UNHEALTHY
     return events.Leased(
         at_ns=now_ns,
         device=device.name,
@@ -196,7 +197,7 @@ def _leased(
         attempt=job.attempt + 1,
         level=claim.level,
         turn_ns=policy.slice_ns(state, rules) if new_turn else 0,
-        canary=bool(job.canary_due) or device.state is DeviceState.UNHEALTHY,
+        canary=testing and canary_line(job) > 0,
     )
 
 

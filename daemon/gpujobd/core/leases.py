@@ -299,8 +299,10 @@ def _died(state: State, rules: Rules, lease: Lease, given: Lost, now_ns: int) ->
         suspects=_clipped(job, given.suspects),
         blamed=blamed,
         canary_due=(blamed,) if guilty and testable else (),
-        # A job of one line has nothing to test the device with; an ill device then must not be what kills it.
-        condemned=(blamed,) if guilty and not testable and device.state is DeviceState.OK else (),
+        # A job without another line has nothing to test a device with; then it must not be an ill one that kills it.
+        condemned=(blamed, *job.canary_due)
+        if guilty and not testable and device.state is DeviceState.OK
+        else (),
         # The first loss is redone at once: what is in hand is found out soonest.
         retry_at_ns=now_ns + backoff_ns(job.losses, S_NS, BACKOFF_MAX_NS) if job.losses else 0,
     )
