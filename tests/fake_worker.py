@@ -151,6 +151,12 @@ class Fake:
         self.suspect(21, 30, 11, 20)
         os.kill(os.getpid(), signal.SIGSEGV)
 
+    def die_when_told(self, _: dict) -> None:
+        self.report("checkpoint", 10)
+        while not os.path.exists(os.path.join(self.dir, "die")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def stale_suspects(self, _: dict) -> None:
         self.attempt += 1
         self.suspect(21, 30)

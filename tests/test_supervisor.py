@@ -498,45 +498,22 @@ def lives(pid: int) -> bool:
 
 
 async def test_lock_still_held_makes_the_device_unkillable_until_it_is_free(tmp_path: Path) -> None:
-    async with running(bench(tmp_path, behave="segfault")) as b:
-        with held_lock_after_start(b) as release:
-            b.lease()
-            unkillable = await b.until(inputs.Unkillable)
-            assert unkillable.device == "cpu"
-            assert unkillable.detail == "the lock of job 1 is held after its worker's death"
-            assert not [r for r in b.reports if isinstance(r, inputs.Lost)]
-            release()
-            lost = await b.until(inputs.Lost)
-            assert lost.cause == "died"
-            assert b.kinds().count("Unkillable") == 1
-
-
-@contextlib.contextmanager
-def held_lock_after_start(b: Bench) -> Any:
-    """A process that shares the worker's lock, as a forked and unkillable child of it would: here, this one."""
-    import threading
-
-    stop, free = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        b.job_folder(1).mkdir(exist_ok=True)
-        path = b.job_folder(1) / "lock"
-        while not stop.is_set():  # the worker's death lets go of it
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_RDWR)
-                break
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        free.wait()
-        os.close(fd)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        yield free.set
-    finally:
-        stop.set()
-        free.set()
-        thread.join()
+    async with running(bench(tmp_path, behave="die_when_told")) as b:
+        b.lease()
+        await b.until(inputs.CheckpointReached)
+        lock = b.job_folder(1) / "lock"
+        lock.unlink()
+        held = os.open(lock, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a child of the worker would hold it that cannot be killed
+        (b.job_folder(1) / "die").touch()
+        unkillable = await b.until(inputs.Unkillable)
+        assert unkillable.device == "cpu"
+        assert unkillable.detail == "the lock of job 1 is held after its worker's death"
+        await trio.sleep(0.5)
+        assert b.kinds() == ["Loaded", "CheckpointReached", "Unkillable"]
+        os.close(held)
+        lost = await b.until(inputs.Lost)
+        assert (lost.cause, lost.detail) == ("died", "killed by SIGKILL")
 
 
 async def test_job_whose_lock_an_earlier_worker_holds_waits_for_it(tmp_path: Path) -> None:
@@ -716,6 +693,33 @@ async def test_disk_that_is_full_before_the_lease_begins_loses_it(tmp_path: Path
         b.lease()
         lost = await b.until(inputs.Lost)
         assert lost.cause == "disk_full"
+
+
+async def test_job_too_large_for_a_message_is_lost_and_the_worker_stays(tmp_path: Path) -> None:
+    async with running(bench(tmp_path)) as b:
+        b.lease(1, params={"prompt": '"' * 600_000})
+        lost = await b.until(inputs.Lost)
+        assert lost.cause == "input_lost"
+        b.lease(2)
+        await b.until(inputs.Finished)
+        assert b.kinds().count("Loaded") == 1
+
+
+async def test_params_of_a_handler_that_fit_no_message_are_a_failed_load(tmp_path: Path) -> None:
+    async with running(bench(tmp_path, prompt="x" * (2 << 20))) as b:
+        b.lease()
+        failed = await b.until(inputs.LoadFailed)
+        assert failed.error.startswith("params: ")
+
+
+async def test_lock_that_became_a_link_holds_up_nobody(tmp_path: Path) -> None:
+    async with running(bench(tmp_path, behave="die_when_told")) as b:
+        b.lease()
+        await b.until(inputs.CheckpointReached)
+        (b.job_folder(1) / "lock").unlink()
+        (b.job_folder(1) / "lock").symlink_to("lock")
+        (b.job_folder(1) / "die").touch()
+        await b.until(inputs.Lost)
 
 
 async def test_every_look_is_noted_for_the_watchdog(tmp_path: Path) -> None:

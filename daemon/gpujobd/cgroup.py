@@ -136,18 +136,17 @@ class Group:
             _write(self._folder / "cgroup.procs", str(pid))
 
     def kill(self) -> None:
-        _write(self._folder / "cgroup.kill", "1")
+        with contextlib.suppress(FileNotFoundError):  # somebody removed it: it was empty
+            _write(self._folder / "cgroup.kill", "1")
 
     def pids(self) -> list[int]:
         """Live processes of the group and of groups inside it; zombies do not count."""
-        if "populated 1" not in (self._folder / "cgroup.events").read_text():
+        try:
+            if "populated 1" not in (self._folder / "cgroup.events").read_text():
+                return []
+        except FileNotFoundError:
             return []
-        folders = [self._folder, *self._folder.glob("**/")]
-        return [
-            int(pid)
-            for folder in dict.fromkeys(folders)
-            for pid in (folder / "cgroup.procs").read_text().split()
-        ]
+        return [pid for folder in {self._folder, *self._folder.glob("**/")} for pid in _procs(folder)]
 
     def out_of_memory(self) -> bool:
         with contextlib.suppress(OSError):
@@ -157,6 +156,12 @@ class Group:
 
     def bury(self) -> None:
         _remove(self._folder)
+
+
+def _procs(folder: Path) -> list[int]:
+    with contextlib.suppress(OSError):  # removed under our eyes: it was empty
+        return [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+    return []
 
 
 def _remove(folder: Path) -> None:
@@ -202,7 +207,9 @@ class Family:
 
     def kill(self) -> None:
         for member in self._members():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(
+                psutil.Error
+            ):  # gone, or another user's by now: then it is reported as left
                 member.send_signal(signal.SIGKILL)  # psutil compares the start time first
 
     def pids(self) -> list[int]:
@@ -273,7 +280,7 @@ def _lives(process: psutil.Process) -> bool:
     try:
         if process.status() != psutil.STATUS_ZOMBIE:
             return True
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
     if process.pid not in _families:
         with contextlib.suppress(ChildProcessError):  # it is the child of another process of the tree

@@ -11,6 +11,7 @@ Rule 3: module functions block and are called in threads.
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import os
 import struct
@@ -27,6 +28,8 @@ from gpujobd.core.model import Job, Lease, Span
 from gpujobd.job_log import JobLog
 
 SUSPECTS: Final = struct.Struct("<QQQQQ")
+NO_LOCK: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO})
+"""There is no file, or what bears its name is none, and nobody holds a lock on it."""
 NONE: Final = Span(0, 0)  # keeps the place of the call in hand, so that the one before it is not taken for it
 
 
@@ -88,8 +91,10 @@ def lock_is_free(folder: Path) -> bool:
     """Whether no process has the job's output files open. Asked only while no worker is meant to have."""
     try:
         fd = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
+    except OSError as error:
+        return (
+            error.errno in NO_LOCK
+        )  # else nothing is known: a descriptor too many, a disk that does not answer
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

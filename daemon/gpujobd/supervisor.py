@@ -35,7 +35,8 @@ from gpujobd.core.model import Device, Job, Lease, State
 from gpujobd.devices import find_devices
 from gpujobd.grant import Grant, lock_is_free
 from gpujobd.job_log import JobLog
-from gpujobd.worker import UNKILLABLE_S, VRAM_UNIT, Phase, Progress, Worker
+from gpujobd.pace import Progress
+from gpujobd.worker import UNKILLABLE_S, VRAM_UNIT, Phase, Worker
 from gpujobd.worker_process import MAIN
 
 __all__ = ["Hardware", "Progress", "Supervisor", "find_devices"]
@@ -253,7 +254,10 @@ class Supervisor:
             if self._has_room(state, grant.device, grant.handler):
                 self._hire(grant.device, grant.handler)
         elif worker.phase is Phase.IDLE and not worker.stale and grant.folder:
-            worker.take(grant)
+            try:
+                worker.take(grant)
+            except ValueError as error:  # parameters of a MiB: no worker could be told of them, ever
+                self._lose(grant, "input_lost", f"the job cannot be told to a worker: {error}")
 
     def _fail_load(self, grant: Grant, error: str) -> None:
         grant.end()
@@ -301,19 +305,20 @@ class Supervisor:
             await trio.sleep(LOOK_S)
 
     def _lose_files(self, grant: Grant, error: OSError) -> None:
-        if grant.over:
-            return
+        causes = {errno.ENOSPC: "disk_full", errno.EDQUOT: "disk_full", errno.ENOENT: "input_lost"}
+        if not grant.over:
+            cause = causes.get(error.errno or 0, "died")
+            self._lose(grant, cause, f"the job's files cannot be made ready: {error}")
+
+    def _lose(self, grant: Grant, cause: str, detail: str) -> None:
         grant.end()
-        cause = {errno.ENOSPC: "disk_full", errno.EDQUOT: "disk_full", errno.ENOENT: "input_lost"}.get(
-            error.errno or 0, "died"
-        )
         self._report(
             inputs.Lost(
                 device=grant.device,
                 attempt=grant.attempt,
                 used_ns=grant.used_ns(),
                 cause=cause,
-                detail=f"the job's files cannot be made ready: {error}",
+                detail=detail,
             )
         )
 

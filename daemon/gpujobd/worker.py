@@ -27,7 +27,6 @@ Rule 3: the first cause of an end stands: a worker that dies of our SIGTERM was 
 
 from __future__ import annotations
 
-import collections
 import enum
 import logging
 import math
@@ -36,7 +35,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import psutil
 import trio
 
@@ -45,6 +43,7 @@ from gpujobd.config import Config, Handler, interpreter, threads
 from gpujobd.core import inputs
 from gpujobd.core.model import Span, Timings
 from gpujobd.grant import Grant, lock_is_free, read_suspects
+from gpujobd.pace import Pace, Progress
 from gpujobd.worker_process import WorkerProcess, why_it_died
 
 HEARTBEAT_S: Final = 1.0
@@ -54,7 +53,6 @@ TERMINATE_S: Final = 5.0
 UNKILLABLE_S: Final = 30.0
 CLEAR_AGAIN_S_MAX: Final = 1.0
 TAIL_BYTES: Final = 8192  # of what was printed without a lease: shown when a load fails
-RATE_S: Final = 30.0  # the items/s shown are those of this time
 VRAM_UNIT: Final = 1 << 30
 
 logger = logging.getLogger("gpujobd.supervisor")
@@ -89,14 +87,6 @@ WorkReport = type[inputs.CheckpointReached | inputs.GaveBack | inputs.Finished]
 ENDING: Final = frozenset({P.LEAVING, P.DUMPING, P.TERMINATING, P.CLEARING, P.GONE})
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a running job is, between checkpoints."""
-
-    line: int  # being computed
-    batch: int  # items a call
-    items_per_s: float  # over the last half minute; 0: not known yet
-
-
 class Worker:
     """One (device, handler). `grant` is the lease it works on, set from take() to the end of the lease."""
 
@@ -128,11 +118,9 @@ class Worker:
         self._cause = self._detail = ""  # of its end, the first that was found
         self._blames_items = True  # whether what was in hand at its end may have caused it
         self._due = math.inf  # when the present phase has lasted too long
-        self._heard_at = self._moved_at = trio.current_time()
+        self._pace = Pace(trio.current_time())
         self._tail = bytearray()
         self._leases = 0
-        self._beat = messages.Heartbeat(attempt=0)
-        self._rate: collections.deque[tuple[float, int]] = collections.deque()
 
     # --- what takes time ------------------------------------------------------------------------------------------
 
@@ -246,20 +234,22 @@ class Worker:
     # --- what the supervisor wants ----------------------------------------------------------------------------------
 
     def take(self, grant: Grant) -> None:
-        """Begin a lease: its files are there and free."""
+        """Begin a lease: its files are there and free.
+
+        Raises:
+            ValueError: it does not fit a message; nothing has begun.
+        """
         assert self._process is not None
         self.printed(self._process.output_so_far())  # that was not printed for this job
-        now = trio.current_time()
+        self._process.send(grant.message(self.handler))
         self.grant, grant.sent = grant, True
         if self.loaded and grant.since <= self.idle_since and not self._leases:
             grant.load_s = self.loaded.load_s
         self._leases += 1
-        self._moved_at = now
-        self._beat = messages.Heartbeat(attempt=grant.attempt, line=grant.checkpoint.upto + 1)
-        self._rate.clear()
-        self._note_rate(grant, now)
+        reached = grant.checkpoint
+        counted = reached.done + reached.failed
+        self._pace.begin(grant.attempt, reached.upto + 1, counted, trio.current_time())
         self._enter(Phase.LEASED)
-        self._process.send(grant.message(self.handler))
 
     def ask_yield(self) -> None:
         assert self._process is not None
@@ -290,29 +280,25 @@ class Worker:
             self._overdue()
         elif self.phase not in (Phase.IDLE, Phase.LEASED):
             return
-        elif now - self._heard_at >= timeouts.silent_timeout_s:
+        elif self._pace.silent_s(now) >= timeouts.silent_timeout_s:
             self._dump(
                 "silent", f"no message for {timeouts.silent_timeout_s:g} s; it is {self._process_state()}"
             )
-        elif self.phase is Phase.LEASED and now - self._moved_at >= stall_timeout_s:
+        elif self.phase is Phase.LEASED and self._pace.stalled_s(now) >= stall_timeout_s:
             self._dump("stalled", f"no call of the handler returned for {stall_timeout_s:g} s")
 
     def forgive(self, lag_s: float) -> None:
         """The daemon itself did not look for so long: that is not the worker's silence."""
-        self._heard_at += lag_s
-        self._moved_at += lag_s
+        self._pace.forgive(lag_s)
         self._due += lag_s
 
     def progress(self) -> Progress:
-        items_per_s = 0.0
-        if len(self._rate) > 1 and (span := self._rate[-1][0] - self._rate[0][0]) > 0:
-            items_per_s = (self._rate[-1][1] - self._rate[0][1]) / span
-        return Progress(line=self._beat.line, batch=self._beat.batch, items_per_s=items_per_s)
+        return self._pace.progress()
 
     # --- what the worker says -----------------------------------------------------------------------------------------
 
     def heard(self, message: messages.AnyFromWorker) -> None:
-        self._heard_at = trio.current_time()
+        self._pace.spoke(trio.current_time())
         match message:
             case messages.Hello():
                 pass
@@ -321,7 +307,7 @@ class Worker:
             case messages.LoadFailed():
                 self._on_load_failed(message)
             case messages.Heartbeat():
-                self._on_heartbeat(message)
+                self._pace.beat(message, trio.current_time())
             case _:
                 self._on_lease_message(message)
 
@@ -361,13 +347,6 @@ class Worker:
             self._cause, self._detail = "load", message.error
             self._enter(Phase.LEAVING, LEAVE_S)
 
-    def _on_heartbeat(self, message: messages.Heartbeat) -> None:
-        # One of the lease before may cross the new lease on the pipe: it says "alive" and nothing about this one.
-        if self.grant and message.attempt == self.grant.attempt:
-            if message.progress > self._beat.progress:
-                self._moved_at = self._heard_at
-            self._beat = message
-
     def _on_lease_message(
         self,
         message: messages.Checkpointed
@@ -390,7 +369,7 @@ class Worker:
                 self._on_work(self.grant, message)
 
     def _on_canary(self, grant: Grant) -> None:
-        self._moved_at = self._heard_at
+        self._pace.moved(trio.current_time())
         grant.canary = 0
         self._report(inputs.CanaryOk(device=self.device, attempt=grant.attempt, used_ns=grant.used_ns()))
 
@@ -439,10 +418,9 @@ class Worker:
         message: messages.Checkpointed | messages.Yielded | messages.Finished | messages.Lost,
     ) -> None:
         assert message.checkpoint is not None
-        self._moved_at = trio.current_time()
         self.vram_bytes = max(self.vram_bytes, message.vram_bytes)
         grant.checkpoint = message.checkpoint
-        self._note_rate(grant, self._moved_at)
+        self._pace.count(grant.checkpoint.done + grant.checkpoint.failed, trio.current_time())
         timings = message.timings.timings() + Timings(load_s=grant.load_s)
         grant.load_s = 0.0
         self._report(
@@ -467,11 +445,6 @@ class Worker:
         self._enter(Phase.IDLE)
         self._poke()
 
-    def _note_rate(self, grant: Grant, now: float) -> None:
-        self._rate.append((now, grant.checkpoint.done + grant.checkpoint.failed))
-        while self._rate[0][0] < now - RATE_S:
-            self._rate.popleft()
-
     # --- the phases -----------------------------------------------------------------------------------------------------
 
     def _enter(self, phase: Phase, limit_s: float = math.inf) -> None:
@@ -484,18 +457,20 @@ class Worker:
         timeouts = self.config.file.worker
         self._enter(Phase.LOADING, timeouts.load_timeout_s)
         self._log(f"worker {self._process.pid} loads {self.name} on {self.device}", "worker_started")
-        self._process.send(
-            messages.Load(
-                handler=self.name,
-                entry=self.handler.entry,
-                path=self.handler.path,
-                device=self.device,
-                params=self.handler.params,
-                threads=threads(self.config, self.handler),
-                heartbeat_s=min(HEARTBEAT_S, timeouts.silent_timeout_s / 4),
-                checkpoint_s=timeouts.checkpoint_s,
-            )
+        order = messages.Load(
+            handler=self.name,
+            entry=self.handler.entry,
+            path=self.handler.path,
+            device=self.device,
+            params=self.handler.params,
+            threads=threads(self.config, self.handler),
+            heartbeat_s=min(HEARTBEAT_S, timeouts.silent_timeout_s / 4),
+            checkpoint_s=timeouts.checkpoint_s,
         )
+        try:
+            self._process.send(order)
+        except ValueError as error:
+            self._condemn("load", f"params: {error}")
 
     def _overdue(self) -> None:
         if self.phase is Phase.LOADING:

@@ -182,9 +182,12 @@ def line(message: AnyToWorker) -> bytes:
     """Encode one message, newline included.
 
     Raises:
-        ValueError: it is longer than a worker reads.
+        ValueError: it is longer than a worker reads, or holds what JSON has no word for.
     """
-    encoded = _encoder.encode(message) + b"\n"
+    try:
+        encoded = _encoder.encode(message) + b"\n"
+    except (msgspec.MsgspecError, OverflowError, TypeError) as error:
+        raise ValueError(str(error)) from None
     if len(encoded) > LINE_BYTES_MAX:
         raise ValueError(f"a message of {len(encoded)} bytes, allowed are {LINE_BYTES_MAX}")
     return encoded

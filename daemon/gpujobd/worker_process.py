@@ -141,7 +141,11 @@ class WorkerProcess:
         return self._process.returncode
 
     def send(self, message: messages.AnyToWorker) -> None:
-        """Queue a message. A worker that has not read the last 64 will not read this one either: it is dropped."""
+        """Queue a message. A worker that has not read the last 64 will not read this one either: it is dropped.
+
+        Raises:
+            ValueError: it does not fit a line.
+        """
         with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             self._to_send.send_nowait(messages.line(message))
 
