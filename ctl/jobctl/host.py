@@ -16,7 +16,7 @@ QUEUE_ACTIONS: Final = {
     "start": "work goes on",
     "disable": "submissions are refused",
     "enable": "submissions are accepted",
-    "drain": "nothing more is started; what runs goes on to the end of its turn",
+    "drain": "nothing more is started, submissions are refused; what runs goes on",
 }
 
 
@@ -46,8 +46,8 @@ def queue(action: str, message: str) -> None:
     """Stop or start work, disable or enable submissions, or drain; for administrators. It survives a restart.
 
     Actions:
-      stop     start nothing, ask for the devices back, accept submissions
-      drain    start nothing, let what runs go on to the end of its turn
+      stop     start nothing more, let what runs go on, accept submissions
+      drain    the same, and refuse submissions
       start    end a stop or a drain
       disable  accept no submissions
       enable   accept them again

@@ -42,6 +42,7 @@ from gpujobd.journal import Journal, JournalBusyError, JournalDead, JournalError
 from gpujobd.notify import Notifier
 from gpujobd.outlooks import Outlooks
 from gpujobd.server import Server
+from gpujobd.snapfile import SnapshotDamagedError
 from gpujobd.spool import Spool
 from gpujobd.submissions import Submissions
 from gpujobd.supervisor import Supervisor, find_devices
@@ -221,7 +222,10 @@ class Daemon:
 
     def _settle(self) -> None:
         state = self._turns.state
-        self._journal.write_snapshot(state.seq, snapshot.chunks(state))
+        try:
+            self._journal.write_snapshot(state.seq, snapshot.chunks(state))
+        except (OSError, SnapshotDamagedError) as error:
+            log.warning("no last snapshot, the next start replays more: %s", error)
         self._journal.seal()
 
     async def _write(self) -> None:
@@ -377,6 +381,9 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     except JournalError as error:
         log.critical("%s", error)
         return EX_CONFIG
+    except JournalDead as dead:
+        log.critical("the journal cannot be opened: %s", dead)
+        return EX_TEMPFAIL
     try:
         trio.run(_run, daemon)
     except* JournalDead as dead:

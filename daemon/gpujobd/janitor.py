@@ -18,6 +18,7 @@ from gpujobd.core import inputs, snapshot
 from gpujobd.core.events import AnyEvent, Removed, ReservationReleased, Submitted, decode
 from gpujobd.core.model import Job
 from gpujobd.journal import Journal
+from gpujobd.snapfile import SnapshotDamagedError
 from gpujobd.spool import Spool
 from gpujobd.turns import Turns
 
@@ -136,10 +137,8 @@ class Janitor:
         chunks = snapshot.chunks(self._turns.state)
         try:
             await trio.to_thread.run_sync(self._journal.write_snapshot, seq, chunks)
-        except OSError as error:
-            log.warning(
-                "no snapshot was written, the journal keeps growing: %s", error
-            )  # nothing is lost by it
+        except (OSError, SnapshotDamagedError) as error:  # nothing is lost by it: the journal keeps growing
+            log.warning("no snapshot was written: %s", error)
             return
         self._snapshot_seq = seq
         await self._spill()

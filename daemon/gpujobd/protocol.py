@@ -110,7 +110,7 @@ class Status(Request, frozen=True, tag="status"):
 class Submit(Request, frozen=True, tag="submit"):
     """Header of a submission. With `input`, all of it; without, Chunk frames follow after GoOn.
 
-    `times` are RFC 3339 UTC on the wire. `submit_id`: 1 to 64 printable ASCII characters, made by the client.
+    Times are msgpack timestamps. `submit_id`: 1 to 64 printable ASCII characters, made by the client.
     """
 
     submit_id: str

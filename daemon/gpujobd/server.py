@@ -207,10 +207,17 @@ class Server:
     # --- reads --------------------------------------------------------------------------------------------------
 
     def _visible(self, verb: str, c: Connection, request_id: int, job_id: int) -> model.Job | None:
-        """The job, if the caller may do that with it; else he is told that there is none."""
+        """The job, if the caller may do that with it; else he is told that he may not, or that there is none."""
         job = self._state.jobs.get(job_id)
         if job is not None and allowed(verb, c.who, job):
             return job
+        if job is not None and allowed("show", c.who, job):
+            c.fail(
+                request_id,
+                ErrorCode.FORBIDDEN,
+                f"job {job_id} is not yours: {verb} takes its owner or an administrator",
+            )
+            return None
         c.fail(request_id, ErrorCode.NO_SUCH_JOB, f"there is no job {job_id}")
         return None
 
@@ -351,13 +358,11 @@ class Server:
                         del self._watchers[key]
 
     def _wait(self, c: Connection, request: protocol.Wait) -> None:
-        jobs = [self._visible("wait", c, request.id, job_id) for job_id in request.jobs[:1]]
-        for job_id in request.jobs[1:]:
-            if jobs and jobs[-1] is None:
-                return
-            jobs.append(self._visible("wait", c, request.id, job_id))
-        found = [job for job in jobs if job is not None]
-        if len(found) == len(request.jobs):
+        if len(request.jobs) > protocol.PAGE_JOBS_MAX:
+            limit, asked = protocol.PAGE_JOBS_MAX, len(request.jobs)
+            message = f"{asked} jobs were named, one request waits for at most {limit}"
+            c.fail(request.id, ErrorCode.BAD_REQUEST, message, limit=limit, current=asked)
+        elif all(self._visible("wait", c, request.id, job_id) for job_id in request.jobs):
             self._task(c, self._wait_final, request)
 
     async def _wait_final(self, c: Connection, request: protocol.Wait) -> None:
