@@ -184,18 +184,17 @@ def _possible(job: Job, new: Checkpoint) -> bool:
     """Whether this checkpoint can follow the one before. Only forwards, and every line is counted once."""
     old = job.checkpoint
     tried = new.done + new.failed
-    return _bounded(job, new) and (
+    return _bounded(new) and (
         old.upto <= new.upto <= job.items
         and new.done >= old.done
         and new.failed >= old.failed
         and new.results_bytes >= old.results_bytes
         and new.errors_bytes >= old.errors_bytes
-        and tried <= job.items
-        and (tried + len(new.deferred) == new.upto or new.upto == job.items)
+        and tried + len(new.deferred) == new.upto
     )
 
 
-def _bounded(job: Job, new: Checkpoint) -> bool:
+def _bounded(new: Checkpoint) -> bool:
     """Every number fits its place in the journal."""
     return (
         new.results_bytes <= BYTES_MAX
@@ -203,7 +202,8 @@ def _bounded(job: Job, new: Checkpoint) -> bool:
         and 0 <= new.results_crc <= CRC_MAX
         and 0 <= new.errors_crc <= CRC_MAX
         and len(new.deferred) <= DEFERRED_MAX
-        and all(0 < item.line <= job.items and 0 <= item.tries <= TRIES_MAX for item in new.deferred)
+        and all(0 < item.line <= new.upto and 0 < item.tries <= TRIES_MAX for item in new.deferred)
+        and len({item.line for item in new.deferred}) == len(new.deferred)
     )
 
 

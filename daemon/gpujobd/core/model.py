@@ -110,7 +110,7 @@ class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """The point a job resumes from. Both output files were synced up to these lengths before it was reported.
 
-    Invariant: done + failed + len(deferred) == upto, until the deferred are being tried (upto == items).
+    Invariant: done + failed + len(deferred) == upto. Once upto is the last line, the deferred are tried one by one.
     """
 
     upto: int = 0  # lines 1..upto (of this job's own input) need no first try any more
