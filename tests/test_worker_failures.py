@@ -83,6 +83,13 @@ def test_answer_of_the_wrong_shape_is_bisected_to_its_item(worker, side, tmp_pat
     assert job.checkpoint["done"] == 49
 
 
+def test_items_are_tried_again_as_they_were_whatever_the_failed_call_did_to_them(worker, side, tmp_path):
+    load(worker, side)
+    job = Job(tmp_path / "job", items(40, {30: "spoil"}))
+    assert worker.run(job)["type"] == "finished"
+    assert [record["output"]["text"] for record in job.results()] == [f"t{number}" for number in range(1, 41)]
+
+
 def test_many_bad_items_each_fail_alone_and_order_is_kept(worker, side, tmp_path):
     load(worker, side)
     bad = {number: "raise" for number in range(1, 101) if number % 3 == 0}

@@ -73,6 +73,10 @@ class Faulty:
             os.write(self.side, f"{len(batch)}: {' '.join(item['text'] for item in batch)}\n".encode())
         if self.fits and len(batch) > self.fits:
             raise SHORT_OF_MEMORY[self.short]()  # noqa: RSE102 - a factory
+        if len(batch) > 1 and any(item.get("do") == "spoil" for item in batch):
+            for item in batch:
+                item["text"] = "spoiled"
+            raise ValueError("after it had changed its items")
         for item in batch:
             self.suffer(item, alone=len(batch) == 1)
         return [self.output(item) for item in batch]
