@@ -77,6 +77,8 @@ class Client:
         self.last_id += 1
         self.send(kind(id=self.last_id, **fields))
         reply = self.receive()
+        while isinstance(reply, protocol.Alive):
+            reply = self.receive()
         assert getattr(reply, "id", None) in (self.last_id, 0), reply
         return reply
 

@@ -108,7 +108,7 @@ async def test_worker_gets_listed_variables_and_no_others(
 def test_environment_on_a_gpu_asks_for_segments_that_grow() -> None:
     on_gpu = environment({}, device="cuda:0", threads=2)
     on_cpu = environment({}, device="cpu", threads=2)
-    assert set(on_gpu) - set(on_cpu) == {"PYTORCH_ALLOC_CONF"}
+    assert set(on_gpu) - set(on_cpu) == {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 async def test_worker_is_confined_before_it_loads(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def environment(given: Mapping[str, str], *, device: str, threads: int) -> dict[
     }
     if device.startswith("cuda"):
         ours["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        ours["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # its name before torch 2.9
     return passed | ours
 
 
