@@ -1,7 +1,8 @@
 """Who is at the other end of a connection, and what that person may do.
 
 Rule 1: identity is what the kernel says (SO_PEERCRED, SO_PEERGROUPS), never what a client says.
-Rule 2: names are looked up in a thread and cached: a directory server that hangs must not be felt on the loop.
+Rule 2: names are looked up in a thread and cached: a directory server that hangs must not be felt on the loop, nor
+by those who were known before. Nobody is let in under a guessed name: jobs would be charged to it for ever.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from gpujobd.core.inputs import Who
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; not in Python's socket module
 GETSOCKOPT_BYTES_MAX: Final = 1024  # Python's own limit
 NAMES_KEPT_S: Final = 60.0
+LOOK_UP_S: Final = 5.0
+KNOWN_MAX: Final = 10_000
+LOOK_UPS_MAX: Final = 8  # threads of their own: those that hang must not be missed elsewhere
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -51,21 +55,30 @@ class Directory:
         self._config = config
         self._names: dict[int, str] = {}
         self._known: dict[tuple[int, tuple[int, ...]], tuple[float, Who]] = {}
+        self._threads = trio.CapacityLimiter(LOOK_UPS_MAX)
 
     def reload(self, config: Config) -> None:
         self._config = config
         self._known.clear()
 
-    async def who(self, peer: Peer) -> Who:
+    async def who(self, peer: Peer) -> Who | None:
+        """None: the host's user database does not answer, and nothing is known from before."""
         key = (peer.uid, peer.gids)
         known = self._known.get(key)
-        if known is None or trio.current_time() - known[0] > NAMES_KEPT_S:
-            found = await trio.to_thread.run_sync(_look_up, self._config, peer, abandon_on_cancel=True)
+        if known is not None and trio.current_time() - known[0] <= NAMES_KEPT_S:
+            return known[1]
+        found = None
+        with trio.move_on_after(LOOK_UP_S):
+            found = await trio.to_thread.run_sync(
+                _look_up, self._config, peer, abandon_on_cancel=True, limiter=self._threads
+            )
+        found = found or (known[1] if known else None)
+        if found is not None:
             self._names[peer.uid] = found.name
-            if len(self._known) >= 10_000:
+            if len(self._known) >= KNOWN_MAX:
                 self._known.clear()
-            self._known[key] = known = (trio.current_time(), found)
-        return known[1]
+            self._known[key] = (trio.current_time(), found)
+        return found
 
     def name(self, uid: int) -> str:
         """The user's name if it is known by now, else the uid in digits. Never blocks."""
@@ -75,7 +88,11 @@ class Directory:
         """Look up the names of uids that only the journal knows."""
         missing = set(uids) - self._names.keys()
         if missing:
-            self._names.update(await trio.to_thread.run_sync(_names_of, missing, abandon_on_cancel=True))
+            self._names.update(
+                await trio.to_thread.run_sync(
+                    _names_of, missing, abandon_on_cancel=True, limiter=self._threads
+                )
+            )
 
 
 def _names_of(uids: Iterable[int]) -> dict[int, str]:

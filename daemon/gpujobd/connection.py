@@ -2,16 +2,20 @@
 
 Rule 1: a client that is slow, silent, broken or hostile costs the others nothing: every wait here has a deadline,
 every queue a bound, and one connection's trouble ends one connection.
-Rule 2: `except Exception` stands here and nowhere else: a bug in answering one request must not stop the daemon.
+Rule 2: what a peer has not taken yet is bounded: beyond OUT_BYTES_MAX nothing more is read from it or done for it.
+Rule 3: `except Exception` stands here and nowhere else: a bug in answering one request must not stop the daemon.
 """
 
 from __future__ import annotations
 
+import array
+import fcntl
 import logging
 import math
 import os
 import socket
 import struct
+import termios
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -21,6 +25,7 @@ import trio
 from gpujobd import protocol
 from gpujobd.access import Peer
 from gpujobd.core.inputs import Who
+from gpujobd.guests import Guest
 from gpujobd.protocol import AnyReply, AnyRequest, ErrorCode, Frames
 
 log = logging.getLogger("gpujobd.server")
@@ -28,10 +33,15 @@ log = logging.getLogger("gpujobd.server")
 FIRST_FRAME_S: Final = 2.0
 FRAME_S: Final = 10.0  # from a frame's first byte to its last
 IDLE_S: Final = 600.0  # only without an open request
-WRITE_S: Final = 10.0  # without a byte taken
+WRITE_S: Final = 10.0  # for the peer to take PIECE_BYTES
 PING_S: Final = 60.0  # a stream that has nothing to say is probed this often
 READ_BYTES: Final = 64 << 10
-OUT_BYTES_MAX: Final = 4 << 20  # streams wait beyond it; replies are bounded by IN_FLIGHT_MAX
+PIECE_BYTES: Final = 64 << 10
+OUT_BYTES_MAX: Final = 1 << 20
+DESCRIPTOR_BYTES: Final = 128 << 10  # what a descriptor that waits to be sent counts for
+TAKEN_LOOK_S: Final = 0.005
+REQUESTS_A_PASS: Final = 32  # then others get the loop: about half a millisecond
+MESSAGE_CHARS_MAX: Final = 1000  # of an error: it may quote what the peer sent
 
 Dispatch = Callable[["Connection", AnyRequest], Awaitable[None] | None]
 
@@ -43,9 +53,12 @@ class Gone(Exception):
 class Connection:
     """State of one connection. `dispatch` answers requests, at once or in a task of `nursery`."""
 
-    def __init__(self, sock: trio.socket.SocketType, peer: Peer, who: Who, dispatch: Dispatch) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, peer: Peer, who: Who, guest: Guest, dispatch: Dispatch
+    ) -> None:
         self.peer = peer
         self.who = who
+        self.guest = guest
         self.nursery: trio.Nursery | None = None
         self.on_close: list[Callable[[], None]] = []
         self.owes_by = math.inf  # when the peer must have sent the next piece of an input
@@ -67,7 +80,7 @@ class Connection:
             return
         frame = protocol.frame(reply)
         self._out.append((frame, fd))
-        self._out_bytes += len(frame)
+        self._out_bytes += len(frame) + (DESCRIPTOR_BYTES if fd >= 0 else 0)
         self._more.set()
 
     def finish(self, reply: AnyReply, fd: int = -1) -> None:
@@ -76,13 +89,21 @@ class Connection:
         self.send(reply, fd)
 
     def fail(self, request_id: int, code: str, message: str, **figures: int) -> None:
-        self.finish(protocol.Error(id=request_id, code=code, message=message, **figures))
+        self.finish(_error(request_id, code, message, **figures))
+
+    @property
+    def has_room(self) -> bool:
+        return self._out_bytes <= OUT_BYTES_MAX // 2
 
     async def room(self) -> None:
-        """For streams: wait until the peer has taken most of what it was sent."""
-        while self._out_bytes > OUT_BYTES_MAX // 2:
+        """Wait until the peer has taken most of what it was sent. BEFORE anything large is made for it."""
+        while not self.has_room:
+            await self._next_drained()
+
+    async def _next_drained(self) -> None:
+        if self._drained.is_set():  # only then: others may wait for the one that stands
             self._drained = trio.Event()
-            await self._drained.wait()
+        await self._drained.wait()
 
     @property
     def busy(self) -> bool:
@@ -101,14 +122,14 @@ class Connection:
                 finally:
                     nursery.cancel_scope.cancel()
         except* (Gone, protocol.FrameError, OSError, trio.BrokenResourceError) as group:
-            log.info("connection of uid %d ended: %s", self.peer.uid, _causes(group))
+            log.debug("connection of uid %d ended: %s", self.peer.uid, _causes(group)[:MESSAGE_CHARS_MAX])
         except* Exception:
             log.exception("a request of uid %d failed", self.peer.uid)
         finally:
             self._close()
 
     async def _read(self, welcome: Callable[[protocol.Hello], protocol.Welcome | protocol.Error]) -> None:
-        frames, greeted, begun_at = Frames(), False, trio.current_time()
+        frames, greeted, begun_at, served = Frames(), False, trio.current_time(), 0
         while True:
             deadline = self._deadline(greeted, frames.partial, begun_at)
             data = b""
@@ -117,7 +138,7 @@ class Connection:
             if waited.cancelled_caught:
                 if greeted and not frames.partial and self.busy and trio.current_time() < self.owes_by:
                     continue  # it waits for us, not we for it
-                raise Gone("it said nothing in time" if greeted else "no first frame in time")
+                raise await self._late("it said nothing in time" if greeted else "no first frame in time")
             if not data:
                 return
             if not frames.partial:
@@ -127,7 +148,11 @@ class Connection:
                     begun_at = trio.current_time()
                     request = protocol.decode_request(body)
                     if greeted:
+                        await self.room()
                         await self._serve(request)
+                        served += 1
+                        if served % REQUESTS_A_PASS == 0:
+                            await trio.lowlevel.checkpoint()
                     else:
                         self._greet(request, welcome)
                         greeted = True
@@ -173,13 +198,16 @@ class Connection:
         if pending is not None:
             await pending
 
-    async def _last_word(self, message: str) -> None:
+    async def _late(self, message: str) -> Gone:
+        await self._last_word(message, ErrorCode.TIMED_OUT)
+        return Gone(message)
+
+    async def _last_word(self, message: str, code: ErrorCode = ErrorCode.BAD_REQUEST) -> None:
         """Say why before hanging up; a peer that does not listen is not waited for."""
-        self.send(protocol.Error(id=0, code=ErrorCode.BAD_REQUEST, message=message))
+        self.send(_error(0, code, message))
         with trio.move_on_after(1.0):
             while self._out_bytes:
-                self._drained = trio.Event()
-                await self._drained.wait()
+                await self._next_drained()
 
     async def _write(self) -> None:
         while True:
@@ -187,15 +215,22 @@ class Connection:
                 self._more = trio.Event()
                 await self._more.wait()
             frame, fd = self._take()
-            with trio.move_on_after(WRITE_S) as waited:
-                sent = await self._send_some(frame, fd)
-            while not waited.cancelled_caught and sent < len(frame):
-                with trio.move_on_after(WRITE_S) as waited:
-                    sent += await self._sock.send(memoryview(frame)[sent:])
-            if waited.cancelled_caught:
-                raise Gone(f"it took nothing for {WRITE_S:.0f} s")
-            self._out_bytes -= len(frame)
+            weight = len(frame) + (DESCRIPTOR_BYTES if fd >= 0 else 0)
+            await self._send_all(frame, fd)
+            self._out_bytes -= weight
             self._drained.set()
+
+    async def _send_all(self, frame: bytes, fd: int) -> None:
+        """Raises: Gone where the peer takes less than PIECE_BYTES in WRITE_S: one byte now and then is not enough."""
+        left = memoryview(frame)
+        while left:
+            piece, left = left[:PIECE_BYTES], left[PIECE_BYTES:]
+            with trio.move_on_after(WRITE_S) as waited:
+                while piece:
+                    piece = piece[await self._send_some(piece, fd) :]
+                    fd = -1
+            if waited.cancelled_caught:
+                raise Gone(f"it took too little in {WRITE_S:.0f} s")
 
     def _take(self) -> tuple[bytes, int]:
         """The next frame with a descriptor alone, or as many plain ones as fit one send."""
@@ -208,10 +243,13 @@ class Connection:
             size += len(many[-1])
         return b"".join(many), -1
 
-    async def _send_some(self, frame: bytes, fd: int) -> int:
+    async def _send_some(self, frame: memoryview, fd: int) -> int:
         if fd < 0:
             return await self._sock.send(frame)
         try:
+            # One at a time: descriptors on their way count against the daemon's user, all peers together.
+            while _untaken(self._sock):  # noqa: ASYNC110  # the kernel tells nobody when the peer has received
+                await trio.sleep(TAKEN_LOOK_S)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
             return await self._sock.sendmsg([frame], rights)
         finally:
@@ -230,6 +268,19 @@ class Connection:
 def _close(fd: int) -> None:
     if fd >= 0:
         os.close(fd)
+
+
+def _untaken(sock: trio.socket.SocketType) -> int:
+    """Bytes that were sent and that the peer has not received (SIOCOUTQ, unix(7))."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return count[0]
+
+
+def _error(request_id: int, code: str, message: str, **figures: int) -> protocol.Error:
+    if len(message) > MESSAGE_CHARS_MAX:
+        message = f"{message[:MESSAGE_CHARS_MAX]}..."
+    return protocol.Error(id=request_id, code=code, message=message, **figures)
 
 
 def _causes(group: BaseExceptionGroup[BaseException]) -> str:

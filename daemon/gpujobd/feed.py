@@ -18,7 +18,7 @@ from gpujobd.core.events import AnyEvent, Submitted, decode
 from gpujobd.journal import Journal
 
 RECENT_MAX: Final = 8192
-READ_MAX: Final = 256  # records a read of the journal
+READ_MAX: Final = 64  # at a time: shown to one follower, about a millisecond
 
 
 class Feed:
@@ -49,8 +49,11 @@ class Feed:
         if self._recent and self._recent[0][0] <= cursor + 1:
             start = cursor + 1 - self._recent[0][0]
             return list(islice(self._recent, start, start + READ_MAX))
-        records = await trio.to_thread.run_sync(self._journal.read_from, cursor + 1, READ_MAX)
-        return [(seq, decode(record)) for seq, record in records if seq <= self.seq]
+        return await trio.to_thread.run_sync(self._read, cursor + 1, self.seq)
+
+    def _read(self, first: int, last: int) -> list[tuple[int, AnyEvent]]:
+        records = self._journal.read_from(first, READ_MAX)
+        return [(seq, _lean(decode(record))) for seq, record in records if seq <= last]
 
     def grown(self, cursor: int) -> trio.Event:
         """An event that is set once there is something after `cursor`."""

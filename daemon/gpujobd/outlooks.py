@@ -28,6 +28,8 @@ class Outlooks:
         self._outlooks: dict[int, Outlook] = {}
         self._computed_at = -KEPT_S
         self._cost_s = 0.0
+        self._extra = trio.CapacityLimiter(1)
+        self._extra_at = 0.0  # when the next extra forecast may begin
         self._wanted = trio.Event()
         self._done = trio.Event()
 
@@ -56,7 +58,10 @@ class Outlooks:
 
     async def of_extra(self, job: Job) -> Outlook | None:
         """What a job that is not submitted could expect."""
-        outlooks, _ = await self._ahead(job)
+        async with self._extra:
+            await trio.sleep_until(self._extra_at)
+            outlooks, cost_s = await self._ahead(job)
+            self._extra_at = trio.current_time() + cost_s / SHARE_MAX
         return outlooks.get(job.job_id)
 
     async def _compute(self) -> None:

@@ -522,6 +522,11 @@ def frame(message: AnyRequest | AnyReply) -> bytes:
     return HEAD.pack(len(body)) + body
 
 
+def size(job: Job) -> int:
+    """Bytes that a job takes in a frame."""
+    return len(_encoder.encode(job))
+
+
 class Frames:
     """Cuts a byte stream into frame bodies."""
 

@@ -2,6 +2,7 @@
 
 Rule 1: fields have the journal's names (JOB_ID, TENANT, HANDLER, DEVICE, EVENT, ATTEMPT), given as `extra=`.
 Rule 2: a finished job is one entry with all its stage timings.
+Rule 3: nothing that came from outside begins a line of its own.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Readable(logging.Formatter):
     def __init__(self, *, times: bool) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s" if times else "%(levelname)s %(message)s")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """One line, whatever it quotes: people's words must not forge lines, nor drive a terminal."""
+        return printable(super().formatMessage(record))
+
 
 class JsonLines(logging.Formatter):
     """One object a line, fields in the journal's names."""
@@ -67,7 +72,14 @@ class JsonLines(logging.Formatter):
         entry |= {name: getattr(record, name) for name in (*FIELDS, *TIMINGS) if hasattr(record, name)}
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return printable(json.dumps(entry, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """The same with everything that is no printable character written out, in a way that JSON reads back."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def set_up(style: str, *, verbose: bool) -> None:

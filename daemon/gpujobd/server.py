@@ -8,13 +8,19 @@ Rule 3: what a caller may not see does not exist for him: a foreign job and a mi
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
+import math
+import os
+import resource
+import socket
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final
 
 import trio
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from gpujobd import __version__, protocol, views
 from gpujobd.access import Directory, Peer, peer
@@ -27,6 +33,8 @@ from gpujobd.core.inputs import AnyInput, Who
 from gpujobd.core.model import FINAL, JobState, State
 from gpujobd.core.rights import allowed
 from gpujobd.feed import Feed
+from gpujobd.guests import CONNECTIONS_MAX as CONNECTIONS_PER_UID_MAX
+from gpujobd.guests import STREAMS_MAX, Guest, Guests
 from gpujobd.journal import JournalDead
 from gpujobd.outlooks import Outlooks
 from gpujobd.protocol import AnyRequest, ErrorCode
@@ -39,9 +47,15 @@ log = logging.getLogger("gpujobd.server")
 
 CONNECTIONS_MAX: Final = 512
 CONNECTIONS_RESERVED: Final = 16  # the last ones are for administrators
-CONNECTIONS_PER_UID_MAX: Final = 128
+COMPLAIN_S: Final = 60.0  # about callers that were turned away: once in so long
+JOBS_A_PASS: Final = 16  # shown between two looks at who else wants the loop: about half a millisecond
+PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are their owners' choice
 LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
 LOG_READ_BYTES: Final = 64 << 10
+
+NO_NAMES: Final = protocol.Error(
+    id=0, code=ErrorCode.INTERNAL, message="the host's user database does not answer"
+)
 
 Verb = Callable[[Connection, Any], Awaitable[None] | None]
 
@@ -70,7 +84,9 @@ class Server:
         self._submissions = submissions
         self._supervisor = supervisor
         self._boot_id = boot_id
-        self._uids: Counter[int] = Counter()
+        self._guests = Guests()
+        self._places = _places()
+        self._complained_at = -math.inf
         self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
         self._verbs: dict[type, Verb] = {
             protocol.Ping: self._ping,
@@ -109,7 +125,7 @@ class Server:
 
     async def run(self, listener: trio.socket.SocketType) -> None:
         """Accept and serve until cancelled."""
-        places = trio.Semaphore(CONNECTIONS_MAX)
+        places = trio.Semaphore(self._places)
         async with trio.open_nursery() as nursery:
             while True:
                 await places.acquire()
@@ -117,54 +133,56 @@ class Server:
                     sock, _ = await listener.accept()
                 except OSError as error:  # the peer hung up in the queue, or the host is out of descriptors
                     places.release()
-                    log.warning("accept: %s", error)
+                    self._complain(f"accept: {error.strerror}")
                     await trio.sleep(0.1)
                     continue
                 nursery.start_soon(self._serve, sock, places)
 
     async def _serve(self, sock: trio.socket.SocketType, places: trio.Semaphore) -> None:
-        uid = -1
         try:
             found = peer(sock)
-            who = await self._directory.who(found)
-            uid = found.uid
-            self._uids[uid] += 1
-            connection = Connection(sock, found, who, self._dispatch)
-            refusal = self._turned_away(found, who, places)
-            await connection.run(lambda hello: refusal or self._welcome(hello, found))
+            with self._guests.visiting(found.uid) as guest:
+                who = await self._directory.who(found)
+                if who is None:
+                    _say_at_once(sock, NO_NAMES)
+                    return
+                refusal = self._turned_away(who, guest, places)
+                if refusal is None:
+                    connection = Connection(sock, found, who, guest, self._dispatch)
+                    await connection.run(lambda hello: self._welcome(hello, found))
+                else:
+                    _say_at_once(sock, refusal)
         except OSError as error:
-            log.info("a connection ended before it began: %s", error)
+            log.debug("a connection ended before it began: %s", error)
         finally:
-            if uid >= 0:
-                self._uids[uid] -= 1
-                if not self._uids[uid]:
-                    del self._uids[uid]
             sock.close()
             places.release()
 
-    def _turned_away(self, found: Peer, who: Who, places: trio.Semaphore) -> protocol.Error | None:
+    def _turned_away(self, who: Who, guest: Guest, places: trio.Semaphore) -> protocol.Error | None:
+        """Why not; said BEFORE a word is read: who is turned away must not hold a place for a moment."""
         if who.admin:
             return None
-        used = CONNECTIONS_MAX - places.value
         for current, limit, whose in (
-            (self._uids[found.uid], CONNECTIONS_PER_UID_MAX, "your"),
-            (used, CONNECTIONS_MAX - CONNECTIONS_RESERVED, "all"),
+            (guest.connections, CONNECTIONS_PER_UID_MAX, "your"),
+            (self._places - places.value, self._places - _reserved(self._places), "all"),
         ):
             if current > limit:
-                return protocol.Error(
-                    id=0,
-                    code=ErrorCode.TOO_MANY_CONNECTIONS,
-                    message=f"{limit} of {limit} of {whose} connections are in use",
-                    limit=limit,
-                    current=limit,
-                )
+                message = f"{limit} of {limit} of {whose} connections are in use"
+                self._complain(f"uid {who.uid} was turned away: {message}")
+                code = ErrorCode.TOO_MANY_CONNECTIONS
+                return protocol.Error(id=0, code=code, message=message, limit=limit, current=limit)
         return None
+
+    def _complain(self, message: str) -> None:
+        """Warn, but not as often as a caller wants."""
+        if trio.current_time() - self._complained_at >= COMPLAIN_S:
+            self._complained_at = trio.current_time()
+            log.warning("%s (said at most once in %.0f s)", message, COMPLAIN_S)
 
     def _welcome(self, hello: protocol.Hello, found: Peer) -> protocol.Welcome | protocol.Error:
         if protocol.VERSION not in hello.versions:
-            message = (
-                f"protocol versions {hello.versions} were offered, this daemon speaks {protocol.VERSION}"
-            )
+            offered = ", ".join(map(str, hello.versions[:8])) or "none"
+            message = f"protocol versions offered: {offered}; this daemon speaks {protocol.VERSION}"
             return protocol.Error(id=0, code=ErrorCode.BAD_REQUEST, message=message)
         return protocol.Welcome(protocol.VERSION, f"gpujobd {__version__}", self._boot_id, found.uid)
 
@@ -204,6 +222,31 @@ class Server:
         assert c.nursery is not None
         c.nursery.start_soon(run, c, *args)
 
+    def _read_task(self, c: Connection, run: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """The same for what costs or weighs something: a few at a time of one uid, with room for the answer."""
+        self._task(c, self._in_turn, run, *args)
+
+    async def _in_turn(self, c: Connection, run: Callable[..., Awaitable[None]], *args: Any) -> None:
+        while True:
+            await c.room()
+            async with c.guest.reads:
+                if c.has_room:
+                    await run(c, *args)
+                    return
+
+    def _stream_task(self, c: Connection, run: Callable[..., Awaitable[None]], request: Any) -> None:
+        """The same for what may last for ever."""
+        if c.guest.streams >= STREAMS_MAX and not c.who.admin:
+            message = f"{STREAMS_MAX} of {STREAMS_MAX} of your waits and subscriptions are open"
+            code = ErrorCode.TOO_MANY_REQUESTS
+            c.fail(request.id, code, message, limit=STREAMS_MAX, current=c.guest.streams)
+            return
+        self._task(c, self._in_stream, run, request)
+
+    async def _in_stream(self, c: Connection, run: Callable[..., Awaitable[None]], request: Any) -> None:
+        with c.guest.streaming():
+            await run(c, request)
+
     # --- reads --------------------------------------------------------------------------------------------------
 
     def _visible(self, verb: str, c: Connection, request_id: int, job_id: int) -> model.Job | None:
@@ -223,7 +266,7 @@ class Server:
 
     def _view(self, job: model.Job) -> protocol.Job:
         outlook = self._outlooks.of(job.job_id)
-        return views.job(self._state, self._config, job, time.time_ns(), self._directory.name, outlook)
+        return views.job(self._state, self._turns.rules, job, time.time_ns(), self._directory.name, outlook)
 
     def _ping(self, c: Connection, request: protocol.Ping) -> None:
         c.finish(protocol.Pong(id=request.id, program=f"gpujobd {__version__}", seq=self._state.seq))
@@ -234,79 +277,114 @@ class Server:
             c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
 
     def _last(self, c: Connection, request: protocol.Last) -> None:
-        for job in reversed(self._state.jobs.values()):
-            if job.owner == c.who.uid:
-                c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
-                return
+        mine = self._state.book.submit_ids.get(c.who.uid, {}).values()
+        job = self._state.jobs.get(max(mine, default=0))
+        if job is None:  # the newest was removed
+            job = self._state.jobs.get(max((i for i in mine if i in self._state.jobs), default=0))
+        if job is not None:
+            c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
+            return
         c.fail(request.id, ErrorCode.NO_SUCH_JOB, "you have submitted no job yet")
 
     def _list(self, c: Connection, request: protocol.List) -> None:
-        self._task(c, self._list_page, request)
+        if strange := sorted({*request.states} - {*JobState}):
+            message = f"there is no state {strange[0]!r}; there are: {', '.join(JobState)}"
+            c.fail(request.id, ErrorCode.BAD_REQUEST, message)
+            return
+        self._read_task(c, self._list_page, request)
 
     async def _list_page(self, c: Connection, request: protocol.List) -> None:
         limit = max(1, min(request.limit, protocol.PAGE_JOBS_MAX))
-        ids = list(self._state.jobs)
-        if request.newest:
-            ids.reverse()
         page: list[protocol.Job] = []
-        onward = 0
-        for looked, job_id in enumerate(ids, 1):
-            if looked % LOOK_EVERY_JOBS == 0:
-                await trio.lowlevel.checkpoint()
-            if request.after and (job_id >= request.after if request.newest else job_id <= request.after):
-                continue
-            job = self._state.jobs.get(job_id)
-            if job is None or not _wanted(job, request, c.who):
-                continue
-            if len(page) == limit:
-                onward = page[-1].id
-                break
-            page.append(self._view(job))
+        size = onward = 0
+        async with contextlib.aclosing(self._each_job(newest=request.newest)) as jobs:
+            async for job in jobs:
+                if not _wanted(job, request, c.who):
+                    continue
+                if len(page) == limit or size > PAGE_BYTES:
+                    onward = page[-1].id
+                    break
+                page.append(self._view(job))
+                size += protocol.size(page[-1])
+                if len(page) % JOBS_A_PASS == 0:
+                    await trio.lowlevel.checkpoint()
         c.finish(protocol.Jobs(id=request.id, jobs=page, seq=self._state.seq, next=onward))
 
-    def _status(self, c: Connection, request: protocol.Status) -> None:
-        self._task(c, self._status_table, request)
-
-    async def _status_table(self, c: Connection, request: protocol.Status) -> None:
-        await self._outlooks.fresh()
-        state = self._state
-
-        def sees(job: model.Job) -> bool:
-            return allowed("show", c.who, job)
-
-        running = [state.jobs[d.lease.job_id] for d in state.devices.values() if d.lease is not None]
-        waiting, unseen, paused = [], 0, 0
-        for looked, job in enumerate(list(state.jobs.values())):
+    async def _each_job(self, *, newest: bool = False) -> AsyncGenerator[model.Job, None]:
+        """Every job there is now, with pauses in which others get the loop, and jobs may go."""
+        ids = list(self._state.jobs)
+        for looked, job_id in enumerate(reversed(ids) if newest else ids, 1):
             if looked % LOOK_EVERY_JOBS == 0:
                 await trio.lowlevel.checkpoint()
+            job = self._state.jobs.get(job_id)
+            if job is not None:
+                yield job
+
+    async def _views(self, jobs: Iterable[model.Job]) -> list[protocol.Job]:
+        """As many of them as fit a page."""
+        page: list[protocol.Job] = []
+        size = 0
+        for job in jobs:
+            if len(page) == protocol.PAGE_JOBS_MAX or size > PAGE_BYTES:
+                break
+            page.append(self._view(job))
+            size += protocol.size(page[-1])
+            if len(page) % JOBS_A_PASS == 0:
+                await trio.lowlevel.checkpoint()
+        return page
+
+    def _status(self, c: Connection, request: protocol.Status) -> None:
+        self._task(c, self._fresh_status, request)
+
+    async def _fresh_status(self, c: Connection, request: protocol.Status) -> None:
+        await self._outlooks.fresh()
+        await self._in_turn(c, self._status_table, request)
+
+    async def _status_table(self, c: Connection, request: protocol.Status) -> None:
+        waiting, queued, paused = [], 0, 0
+        async for job in self._each_job():
             if job.state is JobState.QUEUED:
-                unseen += 1
-                if sees(job):
+                queued += 1
+                if allowed("show", c.who, job):
                     waiting.append(job)
-            elif job.state is JobState.PAUSED and sees(job):
+            elif job.state is JobState.PAUSED and allowed("show", c.who, job):
                 paused += 1
-        waiting.sort(key=lambda job: self._outlooks.rank(job.job_id))
+        first = heapq.nsmallest(
+            protocol.PAGE_JOBS_MAX, waiting, key=lambda job: self._outlooks.rank(job.job_id)
+        )
+        shown = await self._views(first)
+        running = [
+            job
+            for device in self._state.devices.values()
+            if device.lease and allowed("show", c.who, job := self._state.jobs[device.lease.job_id])
+        ]
         c.finish(
             protocol.StatusTable(
                 id=request.id,
-                switches=views.switches(state),
+                switches=views.switches(self._state),
                 devices=self._device_views(c.who),
-                running=[self._view(job) for job in running if sees(job)],
-                waiting=[self._view(job) for job in waiting[: protocol.PAGE_JOBS_MAX]],
+                running=[self._view(job) for job in running],
+                waiting=[job for job in shown if job.state == JobState.QUEUED],
                 paused=paused,
-                queued_in_all=unseen,
+                queued_in_all=queued,
             )
         )
 
     def _output(self, c: Connection, request: protocol.Output) -> None:
         job = self._visible("output", c, request.id, request.job)
         if job is not None:
-            self._task(c, self._hand_out, request, job)
+            self._read_task(c, self._hand_out, request, job)
 
     async def _hand_out(self, c: Connection, request: protocol.Output, job: model.Job) -> None:
         counted = job.checkpoint.errors_bytes if request.errors else job.checkpoint.results_bytes
-        fd = await trio.to_thread.run_sync(lambda: self._spool.open_output(job.job_id, errors=request.errors))
-        c.finish(protocol.File(id=request.id, bytes=counted), fd)
+        try:
+            fd = await trio.to_thread.run_sync(
+                lambda: self._spool.open_output(job.job_id, errors=request.errors)
+            )
+        except OSError as error:
+            c.fail(request.id, ErrorCode.INTERNAL, f"the output cannot be opened: {error.strerror}")
+        else:
+            c.finish(protocol.File(id=request.id, bytes=counted), fd)
 
     def _handlers(self, c: Connection, request: protocol.Handlers) -> None:
         c.finish(protocol.HandlerList(id=request.id, handlers=views.handlers(self._state, self._config)))
@@ -363,7 +441,7 @@ class Server:
             message = f"{asked} jobs were named, one request waits for at most {limit}"
             c.fail(request.id, ErrorCode.BAD_REQUEST, message, limit=limit, current=asked)
         elif all(self._visible("wait", c, request.id, job_id) for job_id in request.jobs):
-            self._task(c, self._wait_final, request)
+            self._stream_task(c, self._wait_final, request)
 
     async def _wait_final(self, c: Connection, request: protocol.Wait) -> None:
         while open_jobs := [
@@ -371,13 +449,21 @@ class Server:
         ]:
             with self._watching(*open_jobs) as changed:
                 await _or_alive(c, request.id, changed)
+        await self._in_turn(c, self._ended, request)
+
+    async def _ended(self, c: Connection, request: protocol.Wait) -> None:
         left = [job for i in request.jobs if (job := self._state.jobs.get(i))]
-        c.finish(protocol.Jobs(id=request.id, jobs=[self._view(job) for job in left], seq=self._state.seq))
+        shown = await self._views(left)
+        if len(shown) < len(
+            left
+        ):  # people's words take more than a page: the ends of all jobs are what counts
+            shown = [replace(self._view(job), params=UNSET, reason_detail=UNSET) for job in left]
+        c.finish(protocol.Jobs(id=request.id, jobs=shown, seq=self._state.seq))
 
     def _watch(self, c: Connection, request: protocol.Watch) -> None:
         job = self._visible("watch", c, request.id, request.job)
         if job is not None:
-            self._task(c, self._watch_job, request)
+            self._stream_task(c, self._watch_job, request)
 
     async def _watch_job(self, c: Connection, request: protocol.Watch) -> None:
         while (job := self._state.jobs.get(request.job)) is not None:
@@ -392,7 +478,7 @@ class Server:
     def _log(self, c: Connection, request: protocol.Log) -> None:
         job = self._visible("log", c, request.id, request.job)
         if job is not None:
-            self._task(c, self._read_log, request)
+            self._stream_task(c, self._read_log, request)
 
     async def _read_log(self, c: Connection, request: protocol.Log) -> None:
         offset = 0
@@ -400,9 +486,13 @@ class Server:
             job = self._state.jobs.get(request.job)
             last = job is None or job.state in FINAL or not request.follow
             with self._watching(request.job, -request.job) as grown:
-                piece = await trio.to_thread.run_sync(
-                    self._spool.read_log, request.job, offset, LOG_READ_BYTES
-                )
+                try:
+                    piece = await trio.to_thread.run_sync(
+                        self._spool.read_log, request.job, offset, LOG_READ_BYTES
+                    )
+                except OSError as error:
+                    c.fail(request.id, ErrorCode.INTERNAL, f"the log cannot be read: {error.strerror}")
+                    return
                 if piece:
                     offset += len(piece)
                     c.send(protocol.LogPiece(id=request.id, data=piece))
@@ -416,7 +506,7 @@ class Server:
     def _events(self, c: Connection, request: protocol.Events) -> None:
         if request.job and self._visible("see_event", c, request.id, request.job) is None:
             return
-        self._task(c, self._stream, request)
+        self._stream_task(c, self._stream, request)
 
     async def _stream(self, c: Connection, request: protocol.Events) -> None:
         cursor = request.since - 1 if request.since else self._feed.seq
@@ -425,16 +515,24 @@ class Server:
             cursor = self._feed.first_seq - 1
         end = self._feed.seq
         while request.follow or cursor < end:
-            for seq, event in await self._feed.after(cursor):
-                cursor = seq
+            cursor = await self._send_events(c, request, cursor)
+            await c.room()
+            if request.follow:
+                await _or_alive(c, request.id, self._feed.grown(cursor))
+        c.finish(protocol.Done(id=request.id))
+
+    async def _send_events(self, c: Connection, request: protocol.Events, cursor: int) -> int:
+        """Send some of what comes after `cursor`; how far that was."""
+        async with c.guest.reads:
+            found = await self._feed.after(cursor)
+            if not found:
+                return max(cursor, self._feed.seq)  # numbers that fsck gave up
+            if found[0][0] > cursor + 1:
+                c.send(protocol.Gap(id=request.id, first_seq=found[0][0]))
+            for seq, event in found:
                 if self._sees_event(c.who, event, request.job):
                     c.send(protocol.EventSeen(id=request.id, seq=seq, event=views.event(event)))
-            await c.room()
-            if not request.follow:
-                await trio.lowlevel.checkpoint()
-                continue
-            await _or_alive(c, request.id, self._feed.grown(cursor))
-        c.finish(protocol.Done(id=request.id))
+            return found[-1][0]
 
     def _sees_event(self, who: Who, event: AnyEvent, only_job: int) -> bool:
         job_id = getattr(event, "job_id", 0)
@@ -458,6 +556,28 @@ async def _or_alive(c: Connection, request_id: int, event: trio.Event) -> None:
             c.send(protocol.Alive(id=request_id))
 
 
+def _places() -> int:
+    """How many connections there may be: descriptors must be left for the journal, the workers and the inputs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= 4 * CONNECTIONS_MAX:
+        return CONNECTIONS_MAX
+    places = max(8, min(CONNECTIONS_MAX, limit // 4))
+    log.warning("only %d connections at a time: RLIMIT_NOFILE is %d", places, limit)
+    return places
+
+
+def _reserved(places: int) -> int:
+    """How many of the places are for administrators."""
+    return min(CONNECTIONS_RESERVED, places // 4)
+
+
+def _say_at_once(sock: trio.socket.SocketType, refusal: protocol.Error) -> None:
+    """An empty socket takes a frame without waiting; a peer that is gone already is no loss."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as now:
+        now.setblocking(False)
+        now.send(protocol.frame(refusal))
+
+
 def fail(c: Connection, request_id: int, error: Exception) -> None:
     """Answer with what went wrong."""
     match error:
@@ -474,6 +594,8 @@ def fail(c: Connection, request_id: int, error: Exception) -> None:
 
 def _wanted(job: model.Job, request: protocol.List, who: Who) -> bool:
     """Whether a list shows the job: the caller's filters, then his rights."""
+    if request.after and (job.job_id >= request.after if request.newest else job.job_id <= request.after):
+        return False
     if request.states and job.state not in request.states:
         return False
     if request.tenant and job.tenant != request.tenant:
@@ -495,6 +617,13 @@ def priority(word: str) -> model.Priority:
         raise ValueError(f"priority is high, normal or low, not {word!r}") from None
 
 
+def _queue_verb(word: str) -> inputs.QueueVerb:
+    """Raises: ValueError for a word that is none."""
+    if word not in {*inputs.QueueVerb}:
+        raise ValueError(f"queue takes {', '.join(inputs.QueueVerb)}, not {word!r}")
+    return inputs.QueueVerb(word)
+
+
 def _input_of(request: AnyRequest, who: Who) -> AnyInput:
     """The wish that a request stands for. Raises: ValueError for a word that is none."""
     match request:
@@ -511,6 +640,6 @@ def _input_of(request: AnyRequest, who: Who) -> AnyInput:
         case protocol.Remove():
             return inputs.Remove(who=who, job_id=request.job)
         case protocol.Queue():
-            return inputs.SwitchQueue(who=who, verb=inputs.QueueVerb(request.action), message=request.message)
+            return inputs.SwitchQueue(who=who, verb=_queue_verb(request.action), message=request.message)
         case _:
             raise AssertionError(request)

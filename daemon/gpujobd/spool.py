@@ -15,13 +15,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
+
+log = logging.getLogger("gpujobd.spool")
 
 SYNC_EVERY_BYTES: Final = 4 << 20  # so that the last sync of a 200 MB input does not stall everybody's
 READ_BYTES: Final = 1 << 20
@@ -142,6 +146,7 @@ class Spool:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
         self._incoming = os.open(root / "incoming", flags)
         self._jobs = os.open(root / "jobs", flags)
+        self._prepared: set[int] = set()  # jobs whose input this run has synced
         os.fsync(self._incoming)
         os.fsync(self._jobs)
         _sync_folder(root)
@@ -168,13 +173,16 @@ class Spool:
             os.mkdir(str(job_id), 0o700, dir_fd=self._jobs)
         folder = self._open_job(job_id)
         try:
+            if job_id in self._prepared and _exists(INPUT, folder):
+                return self.path(job_id)
             if not _exists(INPUT, folder):
                 if inline is not None:
                     _write_synced(folder, INPUT, inline())
                 else:
                     self._adopt(reservation_id, folder)
-                os.fsync(folder)
-                os.fsync(self._jobs)
+            os.fsync(folder)  # also what a run before this one has made and perhaps not synced
+            os.fsync(self._jobs)
+            self._prepared.add(job_id)
         finally:
             os.close(folder)
         return self.path(job_id)
@@ -217,21 +225,22 @@ class Spool:
 
     def remove(self, job_id: int) -> None:
         """Delete all files of a job."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path(job_id))
+        _delete(str(job_id), self._jobs)
+        self._prepared.discard(job_id)
 
     def sweep(self, job_ids: Collection[int], reservation_ids: Collection[int]) -> int:
-        """Delete what no job owns: left by a crash between a file and its record. Returns how many."""
+        """Delete what no job owns: left by a crash between a file and its record. Returns how many.
+
+        Raises: nothing for a name that cannot be deleted: it costs space, not the start.
+        """
         swept = 0
         for name in os.listdir(self._jobs):
             if not (name.isascii() and name.isdigit() and int(name) in job_ids):
-                shutil.rmtree(self.root / "jobs" / name)
-                swept += 1
+                swept += _deleted(name, self._jobs)
         for name in os.listdir(self._incoming):
             number = name.removesuffix(f".{LINES}")
             if not (number.isascii() and number.isdigit() and int(number) in reservation_ids):
-                os.unlink(name, dir_fd=self._incoming)
-                swept += 1
+                swept += _deleted(name, self._incoming)
         return swept
 
     def weigh(self, choice: Choice) -> Tally:
@@ -239,24 +248,28 @@ class Spool:
 
         Raises:
             FileNotFoundError: the job's input is gone.
+            InputMismatch: its files do not belong together any more.
         """
         tally = Tally()
         for _, line in self._chosen(choice):
             tally.add(line + b"\n")
         return tally
 
-    def select(self, choice: Choice, reservation_id: int) -> Incoming:
-        """Write a retry's input, and beside it the line numbers its items had in the first job of the chain.
+    def select(self, choice: Choice, reservation_id: int) -> None:
+        """Write a retry's input, synced, and beside it the line numbers its items had in the first job of the chain.
 
         Raises: as weigh.
         """
         chosen = self.incoming(reservation_id)
         numbers = bytearray()
-        for number, line in self._chosen(choice):
-            chosen.write(line + b"\n")
-            numbers += b"%d\n" % number
-        _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
-        return chosen
+        try:
+            for number, line in self._chosen(choice):
+                chosen.write(line + b"\n")
+                numbers += b"%d\n" % number
+            _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
+            chosen.settle()
+        finally:
+            chosen.close()
 
     def _chosen(self, choice: Choice) -> Iterator[tuple[int, bytes]]:
         folder = self._open_job(choice.job_id)
@@ -267,6 +280,8 @@ class Spool:
             else:
                 done = set(_recorded(folder, RESULTS, choice.results_bytes))
                 yield from ((number, line) for number, line in _original(folder) if number not in done)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise InputMismatch(f"the files of job {choice.job_id} are damaged: {error}") from None
         finally:
             os.close(folder)
 
@@ -278,6 +293,24 @@ class Spool:
         return os.open(
             str(job_id), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._jobs
         )
+
+
+def _delete(name: str, folder: int) -> None:
+    """Delete a file, a link or a tree; no link is followed."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
+
+
+def _deleted(name: str, folder: int) -> bool:
+    try:
+        _delete(name, folder)
+    except OSError as error:
+        log.warning("%s belongs to no job and cannot be deleted: %s", name, error.strerror)
+        return False
+    return True
 
 
 def _write_all(fd: int, data: bytes) -> None:

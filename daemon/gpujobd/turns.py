@@ -67,8 +67,10 @@ class Turns:
         self._inbox.append((given, answer))
         self._wake.set()
 
-    async def asked(self, given: AnyInput) -> list[AnyEvent]:
-        """The same for a task that can wait.
+    async def asked(
+        self, given: AnyInput, undo: Callable[[list[AnyEvent]], None] | None = None
+    ) -> list[AnyEvent]:
+        """The same for a task that can wait. Where it is cancelled, `undo` gets what has come of the wish.
 
         Raises:
             Refused: nothing was written.
@@ -76,14 +78,27 @@ class Turns:
         """
         done = trio.Event()
         outcome: Outcome = []
+        left = False
 
         def answer(what: Outcome) -> None:
             nonlocal outcome
             outcome = what
             done.set()
+            if left:
+                take_back()
+
+        def take_back() -> None:
+            if undo is not None and not isinstance(outcome, Exception):
+                undo(outcome)
 
         self.ask(given, answer)
-        await done.wait()
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            left = True
+            if done.is_set():
+                take_back()
+            raise
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -32,10 +32,10 @@ def _at(ns: int) -> dt.datetime:
 
 
 def job(
-    state: State, config: Config, j: model.Job, now_ns: int, names: Names, outlook: Outlook | None
+    state: State, rules: model.Rules, j: model.Job, now_ns: int, names: Names, outlook: Outlook | None
 ) -> protocol.Job:
     """One job, as its people see it."""
-    reason, detail = _reason(state, config, j, now_ns)
+    reason, detail = _reason(state, rules, j, now_ns)
     lease = state.devices[j.device].lease if j.state is JobState.RUNNING else None
     yielding = lease.yield_why if lease is not None else None
     return protocol.Job(
@@ -68,9 +68,9 @@ def job(
     )
 
 
-def _reason(state: State, config: Config, j: model.Job, now_ns: int) -> tuple[str, str]:
+def _reason(state: State, rules: model.Rules, j: model.Job, now_ns: int) -> tuple[str, str]:
     if j.state is JobState.QUEUED:
-        reason, detail = policy.waiting_reason(state, config.rules(), j, now_ns)
+        reason, detail = policy.waiting_reason(state, rules, j, now_ns)
         return reason.value, detail
     if j.state is JobState.PAUSED or j.state in FINAL:
         return (j.reason or ""), j.reason_detail
