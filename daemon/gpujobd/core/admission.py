@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from gpujobd.core import rights
+from gpujobd.core import policy, rights
 from gpujobd.core.events import AnyEvent, ReservationReleased, Reserved, Submitted
 from gpujobd.core.inputs import Release, Reserve, Submission, Submit, Who
 from gpujobd.core.model import (
@@ -193,7 +193,7 @@ def _check_open(state: State, rules: Rules) -> None:
     if switches.disabled:
         raise Refused(ErrorCode.DISABLED, f"the queue is disabled{because}")
     if state.disk_full:
-        raise Refused(ErrorCode.DISK_LOW, f"the disk is full: {state.disk_detail}")
+        raise Refused(ErrorCode.DISK_LOW, f"the disk is full: {state.disk_detail or policy.NO_SPACE}")
     if rules.disk_low:
         raise Refused(ErrorCode.DISK_LOW, "free space on the disk is below disk_free_bytes_min")
 

@@ -271,8 +271,7 @@ def lost(state: State, rules: Rules, given: Lost, now_ns: int) -> Events:
         case "input_lost":
             ended = _ended(rules, lease, given, now_ns)
             return [ended, _failed(job, Reason.INPUT_LOST, given.detail[:DETAIL_CHARS_MAX], now_ns)]
-        case "canary":
-            return _canary_failed(state, rules, lease, given, now_ns)
+    # A worker that dies before it reported its canary died of it, whatever it says.
     if lease.canary and lease.loaded:
         return _canary_failed(state, rules, lease, given, now_ns)
     return _died(state, rules, lease, given, now_ns)
@@ -289,6 +288,9 @@ def _lied(state: State, rules: Rules, lease: Lease, given: Work, now_ns: int) ->
 def _died(state: State, rules: Rules, lease: Lease, given: Lost, now_ns: int) -> Events:
     job, device = state.jobs[lease.job_id], state.devices[given.device]
     blamed = _alone_in_hand(job, given)
+    cause = (
+        "died" if given.cause == "canary" else given.cause
+    )  # there was none: it passed, or was not asked for
     guilty = blamed and job.deaths.get(blamed, 0) + 1 >= DEATHS_MAX
     testable = guilty and canary_line(job, blamed)
     ended = _ended(
@@ -296,6 +298,7 @@ def _died(state: State, rules: Rules, lease: Lease, given: Lost, now_ns: int) ->
         lease,
         given,
         now_ns,
+        cause=cause,
         suspects=_clipped(job, given.suspects),
         blamed=blamed,
         canary_due=(blamed,) if guilty and testable else (),

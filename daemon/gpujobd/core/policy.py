@@ -5,7 +5,7 @@ A claim is a tenant's next job at one level: the head of its line. Claims are or
     1. level         high, normal, low; every `aging_s` of waiting lifts a job by one level
     2. overdue       who got nothing for `wait_max_s` comes before who did, the longest wait first
     3. virtual time  device time over share, per level; least first
-    4. line_key      the earlier submission
+    4. waiting       who was not served for longest; then the earlier submission
 
 Rule 1: a device that is free gets a job if any can run: no rule keeps it idle.
 Rule 2: a turn lasts `slice_s`, less with many tenants, and goes on over several jobs of its tenant. It ends for the
@@ -43,6 +43,7 @@ from gpujobd.core.model import (
 
 SLICE_MIN_NS: Final = 5 * S_NS
 ROUND_NS: Final = 120 * S_NS  # many tenants share two minutes: a newcomer's turn comes about then
+NO_SPACE: Final = "no space left where inputs and outputs are kept"
 LINE_KEY: Final = attrgetter("line_key")
 ITEM_GUESS_NS: Final = S_NS  # price of an item nothing is known about; orders jobs, never shown
 
@@ -57,9 +58,9 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     job: Job
     jobs: int
 
-    def key(self) -> tuple[int, bool, int, int]:
-        urgency = self.waits_since_ns if self.overdue else self.vtime_ns
-        return (-self.level, not self.overdue, urgency, self.job.line_key)
+    def key(self) -> tuple[int, bool, int, int, int]:
+        vtime_ns = 0 if self.overdue else self.vtime_ns
+        return (-self.level, not self.overdue, vtime_ns, self.waits_since_ns, self.job.line_key)
 
 
 class Survey(msgspec.Struct, frozen=True):
@@ -130,7 +131,9 @@ def _claim(
     tenant = state.tenants[job.tenant]
     since_ns = max(job.queued_ns, tenant.served_ns)
     vtime_ns = tenant.vtimes_ns[level]
-    if level != job.priority:  # lifted by aging: it would start there as a newcomer
+    if (
+        level != job.priority
+    ):  # lifted by aging: a newcomer there, and by its long wait the first of its equals
         vtime_ns = max(vtime_ns, floor_ns(state, level))
     overdue = not running and now_ns - since_ns >= rules.wait_max_ns
     return Claim(level, overdue, vtime_ns, since_ns, job, jobs or len(line))
@@ -310,11 +313,11 @@ def _house_reason(state: State) -> tuple[Reason, str] | None:
     if state.stopping:
         return Reason.DAEMON_STOPPING, "gpujobd is stopping"
     if switches.draining:
-        return Reason.DRAINING, switches.message
+        return Reason.DRAINING, switches.message or "by an administrator"
     if switches.stopped:
-        return Reason.QUEUE_STOPPED, switches.message
+        return Reason.QUEUE_STOPPED, switches.message or "by an administrator"
     if state.disk_full:
-        return Reason.DISK_FULL, state.disk_detail
+        return Reason.DISK_FULL, state.disk_detail or NO_SPACE
     return None
 
 
@@ -324,7 +327,12 @@ def _sleep_reason(job: Job, now_ns: int) -> tuple[Reason, str] | None:
     wait_s = max(0, job.wake_ns - now_ns) / S_NS
     if job.begin_ns >= job.retry_at_ns:
         return Reason.BEGIN_TIME, f"begins in {wait_s:.0f} s"
-    return Reason.BACKOFF, f"lost {job.losses} workers in a row, next try in {wait_s:.0f} s"
+    why = (
+        f"lost {job.losses} workers in a row"
+        if job.losses
+        else "its canary failed, others try the device first"
+    )
+    return Reason.BACKOFF, f"{why}, next try in {wait_s:.0f} s"
 
 
 def _resource_reason(state: State, rules: Rules, job: Job, now_ns: int) -> tuple[Reason, str] | None:
