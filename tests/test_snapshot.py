@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from core_house import ALICE, BOB, ROOT, House, bookkeeping, persistent, person
+from core_house import ALICE, BOB, HANDLERS, ROOT, House, bookkeeping, persistent, person, submission
 from gpujobd.core import inputs
 from gpujobd.core.apply import apply
 from gpujobd.core.model import DEFERRED_MAX, Deferred, Rules, Span, State
