@@ -14,7 +14,9 @@ Exit status: 0 stopped as asked; 1 a bug, or another daemon holds the state; 75 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import math
 import os
 import resource
 import signal
@@ -22,7 +24,7 @@ import socket
 import stat
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -56,8 +58,12 @@ EX_CONFIG: Final = 78
 BACKLOG: Final = 1024
 DESCRIPTORS: Final = 65_536
 SWITCH_S: Final = 0.0005  # a thread back from a sync takes the interpreter this soon; Python's 5 ms would be most of a commit
+PASSING: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+"""Errors at the start that may be gone at the next one: systemd is to try again."""
 LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
-SYNC_STUCK_S: Final = 20.0
+STUCK_S: Final = 20.0
 STATUS_S: Final = 1.0
 
 
@@ -79,9 +85,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 def replay(recovered: Recovered) -> State:
     """The state after the last event on disk."""
-    state = snapshot.load(recovered.snapshot[1]) if recovered.snapshot else State()
-    for seq, record in recovered.records:
-        apply(state, decode(record), seq)
+    seq = 0
+    try:
+        state = snapshot.load(recovered.snapshot[1]) if recovered.snapshot else State()
+        for seq, record in recovered.records:
+            apply(state, decode(record), seq)
+    except msgspec.MsgspecError as error:
+        where = f"record {seq}" if seq else "the snapshot"
+        message = (
+            f"{where} of the journal cannot be read by gpujobd {__version__}, a later one wrote it: {error}"
+        )
+        raise StartError(message, EX_CONFIG) from None
     return state
 
 
@@ -145,13 +159,13 @@ class Daemon:
         await trio.to_thread.run_sync(self._sweep)
         devices = await find_devices(self._config)
         async with self._listener() as listener, trio.open_nursery() as nursery:
-            nursery.start_soon(self._write)
+            nursery.start_soon(self._until_dead, self._writer.run)
             nursery.start_soon(self._turns.run)
             nursery.start_soon(self._directory.learn, {job.owner for job in self._turns.state.jobs.values()})
             await self._turns.asked(inputs.Start(boot_id=self._boot_id, version=__version__, devices=devices))
             nursery.start_soon(self._supervise)
             nursery.start_soon(self._outlooks.run)
-            nursery.start_soon(self._janitor.run)
+            nursery.start_soon(self._until_dead, self._janitor.run)
             nursery.start_soon(self._watchdog)
             nursery.start_soon(self._server.run, listener)
             self._notifier.send(READY=1, STATUS=self._status())
@@ -174,11 +188,13 @@ class Daemon:
 
     async def _obey_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            stopping = False
             async with trio.open_nursery() as nursery:
                 async for number in signals:
                     if number == signal.SIGHUP:
                         await self._reload()
-                    elif not self._turns.head.stopping:
+                    elif not stopping:
+                        stopping = True
                         log.info("%s: asking what runs to pause", signal.Signals(number).name)
                         nursery.start_soon(self._stop, nursery.cancel_scope)
                     else:
@@ -206,8 +222,11 @@ class Daemon:
         await self._turns.asked(inputs.Stop())
         grace_s = self._config.file.worker.pause_grace_s
         with trio.move_on_after(grace_s) as grace:
+            said_at = -math.inf
             while any(device.lease for device in self._turns.state.devices.values()):
-                self._notifier.send(EXTEND_TIMEOUT_USEC=10_000_000, STATUS=self._status())
+                if trio.current_time() - said_at >= STATUS_S:
+                    said_at = trio.current_time()
+                    self._notifier.send(EXTEND_TIMEOUT_USEC=10_000_000, STATUS=self._status())
                 await trio.sleep(0.05)
         if grace.cancelled_caught:
             log.warning(
@@ -228,10 +247,10 @@ class Daemon:
             log.warning("no last snapshot, the next start replays more: %s", error)
         self._journal.seal()
 
-    async def _write(self) -> None:
-        """Run the journal's writer; when it dies, tell everybody who waits, then end the process."""
+    async def _until_dead(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Run what writes the journal; when that dies, tell everybody who waits, then end the process."""
         try:
-            await self._writer.run()
+            await run()
         except JournalDead as dead:
             self._turns.die(dead)
             await trio.sleep(LAST_ANSWERS_S)
@@ -241,20 +260,30 @@ class Daemon:
 
     async def _watchdog(self) -> None:
         period = self._notifier.watchdog_s / 3 or STATUS_S
+        told = ""
         while True:
-            if self._healthy():
+            ill = self._ill()
+            if not ill:
                 self._notifier.send(WATCHDOG=1, STATUS=self._status())
+            elif ill != told:
+                log.critical(
+                    "%s for more than %.0f s: the watchdog is not told that all is well", ill, STUCK_S
+                )
+                self._notifier.send(STATUS=f"stuck: {ill}")
+            told = ill
             await trio.sleep(min(period, STATUS_S))
 
-    def _healthy(self) -> bool:
-        """Whether the loop turned, no sync is stuck, and every worker was looked at in time."""
+    def _ill(self) -> str:
+        """What has not moved for too long: the loop, a sync, the look at the workers; empty if all is well."""
         now = trio.current_time()
         sync = self._writer.sync_started_at
-        return (
-            now - self._turns.turned_at < SYNC_STUCK_S
-            and (sync is None or now - sync < SYNC_STUCK_S)
-            and now - self._supervisor.looked_at() < SYNC_STUCK_S
-        )
+        if now - self._turns.turned_at >= STUCK_S:
+            return "no turn was made"
+        if sync is not None and now - sync >= STUCK_S:
+            return "the disk has been syncing the journal"
+        if now - self._supervisor.looked_at() >= STUCK_S:
+            return "nobody looked at the workers"
+        return ""
 
     def _status(self) -> str:
         state = self._turns.state
@@ -314,7 +343,9 @@ def _bind(path: Path) -> socket.socket:
     Raises:
         StartError: a daemon answers there, or it is no socket.
     """
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        path.parent.chmod(0o755)  # whatever the umask: who may do what is decided by uid, verb by verb
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     with contextlib.suppress(FileNotFoundError):
@@ -326,8 +357,8 @@ def _bind(path: Path) -> socket.socket:
     try:
         sock.bind(str(path))
     except OSError as error:
-        raise StartError(f"{path}: {error.strerror}", EX_CONFIG) from None
-    path.chmod(0o666)  # who may do what is decided by uid, verb by verb
+        raise StartError(f"{path}: {error.strerror or error}", EX_CONFIG) from None
+    path.chmod(0o666)
     sock.listen(BACKLOG)
     return sock
 
@@ -337,8 +368,10 @@ def _answers(path: Path) -> bool:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError, TimeoutError):
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
+        except OSError:  # its line of callers is full, or it is not ours to call: somebody listens
+            return True
         return True
 
 
@@ -367,8 +400,8 @@ def serve(options: Options) -> int:
         log.critical("%s", error)
         return error.status
     except OSError as error:
-        log.critical("%s: %s", error.filename, error.strerror)
-        return EX_CONFIG
+        log.critical("%s", f"{error.filename}: {error.strerror}" if error.filename else error)
+        return EX_TEMPFAIL if error.errno in PASSING else EX_CONFIG
 
 
 def _serve(options: Options, cfg: Config, journal: Journal) -> int:
@@ -379,7 +412,7 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     except JournalBusyError as error:
         raise StartError(str(error)) from None
     except JournalError as error:
-        log.critical("%s", error)
+        log.critical("%s; `gpujobd fsck --state-dir %s` tells more", error, state_dir(options))
         return EX_CONFIG
     except JournalDead as dead:
         log.critical("the journal cannot be opened: %s", dead)
@@ -387,13 +420,17 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     try:
         trio.run(_run, daemon)
     except* JournalDead as dead:
-        log.critical(
-            "the journal is dead, nothing of what was in flight was accepted: %s", dead.exceptions[0]
-        )
+        log.critical("the journal is dead, nothing of what was in flight was accepted: %s", _first(dead))
         status = EX_TEMPFAIL
     finally:
         journal.close()
     return status
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first of a group that is no group itself."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _run(daemon: Daemon) -> None:

@@ -80,7 +80,9 @@ class Janitor:
             self._spool.prepare(job.job_id, reservation_id, read if inline_seq else None)
 
         await trio.to_thread.run_sync(make, limiter=self._adopting)
-        if inline_seq:
+        if job.job_id not in self._turns.state.jobs:  # removed meanwhile, and its files made anew
+            await trio.to_thread.run_sync(self._spool.remove, job.job_id)
+        elif inline_seq:
             self._turns.put(inputs.Spooled(job_ids=(job.job_id,)))
 
     async def _do_chores(self) -> None:
@@ -100,6 +102,8 @@ class Janitor:
                 job = self._turns.state.jobs.get(event.job_id)
                 if job is not None:
                     await self.prepare(job)
+                else:  # removed already
+                    await trio.to_thread.run_sync(self._spool.discard_incoming, event.reservation_id)
             case Removed():
                 await trio.to_thread.run_sync(self._spool.remove, event.job_id)
             case ReservationReleased():
@@ -141,7 +145,10 @@ class Janitor:
             log.warning("no snapshot was written: %s", error)
             return
         self._snapshot_seq = seq
-        await self._spill()
+        try:
+            await self._spill()
+        except OSError as error:
+            log.warning("inputs stay in the journal, which keeps growing: %s", error)
         await self._drop()
 
     async def _spill(self) -> None:
