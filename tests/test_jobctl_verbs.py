@@ -31,29 +31,31 @@ ERROR = p.Error(id=0, code=p.ErrorCode.NO_SUCH_JOB, message="there is no job 9")
 # --- looking ----------------------------------------------------------------------------------------------------
 
 
-STATUS = p.StatusTable(
-    id=0,
-    switches=p.Switches(stopped=True, message="new driver"),
-    devices=[p.DeviceView(name="cuda:0", state="ok", loaded=["embed"], job=41, hardware="NVIDIA H200")],
-    running=[
-        a_job(
-            id=41,
-            state="running",
-            done=500,
-            failed=2,
-            total=50_000,
-            forecast=p.Forecast(finish_at=soon(3)),
-            timings=p.JobTimings(items_per_s=812.4),
-        )
-    ],
-    waiting=[a_job(id=43, reason="FairShare", position=1, forecast=p.Forecast(start_at=soon(5)))],
-    paused=2,
-    queued_in_all=18,
-)
+def status():
+    """Made when it is asked for: its times are relative to now."""
+    return p.StatusTable(
+        id=0,
+        switches=p.Switches(stopped=True, message="new driver"),
+        devices=[p.DeviceView(name="cuda:0", state="ok", loaded=["embed"], job=41, hardware="NVIDIA H200")],
+        running=[
+            a_job(
+                id=41,
+                state="running",
+                done=500,
+                failed=2,
+                total=50_000,
+                forecast=p.Forecast(finish_at=soon(3)),
+                timings=p.JobTimings(items_per_s=812.4),
+            )
+        ],
+        waiting=[a_job(id=43, reason="FairShare", position=1, forecast=p.Forecast(start_at=soon(5)))],
+        paused=2,
+        queued_in_all=18,
+    )
 
 
 def test_alone_it_shows_what_runs_what_waits_why_and_until_when(daemon, capfd):
-    daemon.answer(p.Status, STATUS)
+    daemon.answer(p.Status, status())
     assert run([]) == 0
     shown = capfd.readouterr().out
     assert "queue: stopped: nothing is started -- new driver" in shown
@@ -68,7 +70,7 @@ def test_alone_it_shows_what_runs_what_waits_why_and_until_when(daemon, capfd):
 
 
 def test_the_status_in_json_holds_the_same(daemon, capfd):
-    daemon.answer(p.Status, STATUS)
+    daemon.answer(p.Status, status())
     assert run(["--json"]) == 0
     shown = json.loads(capfd.readouterr().out)
     assert shown["v"] == 1
@@ -187,7 +189,7 @@ def test_handlers_tenants_and_devices_are_shown_as_tables_and_lists(daemon, capf
     )
     daemon.answer(p.Handlers, p.HandlerList(id=0, handlers=[handler]))
     daemon.answer(p.Tenants, p.TenantList(id=0, tenants=[tenant]))
-    daemon.answer(p.Devices, p.DeviceList(id=0, devices=STATUS.devices))
+    daemon.answer(p.Devices, p.DeviceList(id=0, devices=status().devices))
     for words, key, expected in (
         ("handlers", "handlers", "normalize=bool(true) language=str(en|de)"),
         ("tenants", "tenants", "2 h 05 min"),
