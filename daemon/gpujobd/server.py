@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from gpujobd import __version__, protocol, views
 from gpujobd.access import Directory, Peer, peer
 from gpujobd.config import Config
-from gpujobd.connection import PING_S, Connection
+from gpujobd.connection import PING_S, Connection, Connections
 from gpujobd.core import inputs, model
 from gpujobd.core.admission import Refused
 from gpujobd.core.events import AnyEvent
@@ -85,6 +85,7 @@ class Server:
         self._supervisor = supervisor
         self._boot_id = boot_id
         self._guests = Guests()
+        self._connections = Connections()
         self._places = _places()
         self._complained_at = -math.inf
         self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
@@ -127,6 +128,7 @@ class Server:
         """Accept and serve until cancelled."""
         places = trio.Semaphore(self._places)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._connections.run)
             while True:
                 await places.acquire()
                 try:
@@ -148,7 +150,7 @@ class Server:
                     return
                 refusal = self._turned_away(who, guest, places)
                 if refusal is None:
-                    connection = Connection(sock, found, who, guest, self._dispatch)
+                    connection = Connection(sock, found, who, guest, self._dispatch, self._connections)
                     await connection.run(lambda hello: self._welcome(hello, found))
                 else:
                     _say_at_once(sock, refusal)
@@ -261,7 +263,7 @@ class Server:
                 f"job {job_id} is not yours: {verb} takes its owner or an administrator",
             )
             return None
-        c.fail(request_id, ErrorCode.NO_SUCH_JOB, f"there is no job {job_id}")
+        c.fail(request_id, ErrorCode.NO_SUCH_JOB, f"no job {job_id}")
         return None
 
     def _view(self, job: model.Job) -> protocol.Job:
@@ -634,11 +636,13 @@ def _input_of(request: AnyRequest, who: Who) -> AnyInput:
         case protocol.Resume():
             return inputs.Resume(who=who, job_id=request.job, message=request.message)
         case protocol.SetPriority():
-            return inputs.SetPriority(who=who, job_id=request.job, priority=priority(request.priority))
+            return inputs.SetPriority(
+                who=who, job_id=request.job, priority=priority(request.priority), message=request.message
+            )
         case protocol.First():
-            return inputs.MoveFirst(who=who, job_id=request.job)
+            return inputs.MoveFirst(who=who, job_id=request.job, message=request.message)
         case protocol.Remove():
-            return inputs.Remove(who=who, job_id=request.job)
+            return inputs.Remove(who=who, job_id=request.job, message=request.message)
         case protocol.Queue():
             return inputs.SwitchQueue(who=who, verb=_queue_verb(request.action), message=request.message)
         case _:

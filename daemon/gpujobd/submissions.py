@@ -370,6 +370,7 @@ def _again(job: model.Job, request: protocol.Retry, tally: Tally) -> Submission:
         priority=job.priority,
         failures_max=job.failures_max,
         retry_of=job.job_id,
+        message=request.message,
     )
 
 

@@ -29,6 +29,7 @@ from gpujobd.protocol import ErrorCode
 
 SUBMIT_ID_CHARS_MAX: Final = 64
 NAME_CHARS_MAX: Final = 100
+MESSAGE_CHARS_MAX: Final = 500
 PARAM_CHARS_MAX: Final = 1_000
 INT64_MAX: Final = (1 << 63) - 1
 INPUT_SHA256_BYTES: Final = 32
@@ -145,6 +146,7 @@ def submit(state: State, rules: Rules, given: Submit, now_ns: int) -> list[AnyEv
             deadline_ns=submission.deadline_ns,
             failures_max=submission.failures_max,
             retry_of=submission.retry_of,
+            message=submission.message,
             reservation_id=given.reservation_id if held else 0,
             forecast_ns=given.forecast_ns,
             input=given.inline,
@@ -230,6 +232,8 @@ def _check_header(submission: Submission, now_ns: int) -> None:
         raise _bad_input(f"a name has at most {NAME_CHARS_MAX} printable characters")
     if not _is_name(submission.tenant or "own"):
         raise _bad_input(f"a tenant's name has at most {NAME_CHARS_MAX} printable characters and no space")
+    if len(submission.message) > MESSAGE_CHARS_MAX:
+        raise _bad_input(f"a message has at most {MESSAGE_CHARS_MAX} characters")
     if submission.items < 1:
         raise _bad_input("the input has no items")
     if submission.input_bytes < 2 * submission.items or submission.item_bytes > submission.input_bytes:

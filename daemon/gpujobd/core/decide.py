@@ -11,10 +11,8 @@ Rule 4: no events: nothing to do, or nothing to add (a repeated submission, a st
 
 from __future__ import annotations
 
-from typing import Final
-
 from gpujobd.core import admission, events, house, leases, rights
-from gpujobd.core.admission import Refused, find_submitted
+from gpujobd.core.admission import MESSAGE_CHARS_MAX, Refused, find_submitted
 from gpujobd.core.inputs import (
     AnyInput,
     CanaryOk,
@@ -49,7 +47,7 @@ from gpujobd.protocol import ErrorCode
 
 __all__ = ["Refused", "decide", "find_submitted"]
 
-MESSAGE_CHARS_MAX: Final = 500
+
 Events = list[events.AnyEvent]
 
 
@@ -161,7 +159,8 @@ def _resume(state: State, given: Resume, now_ns: int) -> Events:
     if job.state is not JobState.PAUSED:
         raise _bad_state(job, "is not paused")
     _check_hold(given.who, job.reason is Reason.HELD_BY_ADMIN)
-    return [events.Resumed(at_ns=now_ns, job_id=job.job_id, by=given.who.uid)]
+    message = _message(given.message)
+    return [events.Resumed(at_ns=now_ns, job_id=job.job_id, by=given.who.uid, message=message)]
 
 
 def _check_hold(who: Who, held_by_admin: bool) -> None:
@@ -178,8 +177,11 @@ def _set_priority(state: State, given: SetPriority, now_ns: int) -> Events:
     if job.priority is given.priority:
         return []
     admission.check_priority(given.who, given.priority)
+    message = _message(given.message)
     return [
-        events.PriorityChanged(at_ns=now_ns, job_id=job.job_id, priority=given.priority, by=given.who.uid)
+        events.PriorityChanged(
+            at_ns=now_ns, job_id=job.job_id, priority=given.priority, by=given.who.uid, message=message
+        )
     ]
 
 
@@ -187,14 +189,16 @@ def _move_first(state: State, given: MoveFirst, now_ns: int) -> Events:
     job = _job(state, "first", given.who, given.job_id)
     if job.state not in (JobState.QUEUED, JobState.PAUSED):
         raise _bad_state(job, "does not stand in a line")
-    return [events.MovedFirst(at_ns=now_ns, job_id=job.job_id, by=given.who.uid)]
+    message = _message(given.message)
+    return [events.MovedFirst(at_ns=now_ns, job_id=job.job_id, by=given.who.uid, message=message)]
 
 
 def _remove(state: State, given: Remove, now_ns: int) -> Events:
     job = _job(state, "rm", given.who, given.job_id)
     if job.state not in FINAL:
         raise _bad_state(job, "cannot be removed before it is over")
-    return [events.Removed(at_ns=now_ns, job_id=job.job_id, by=given.who.uid)]
+    message = _message(given.message)
+    return [events.Removed(at_ns=now_ns, job_id=job.job_id, by=given.who.uid, message=message)]
 
 
 def _switch_queue(state: State, given: SwitchQueue, now_ns: int) -> Events:

@@ -97,6 +97,7 @@ class Submitted(Event, frozen=True, tag="submitted"):
     deadline_ns: int = 0
     failures_max: int = -1
     retry_of: int = 0
+    message: str = ""  # of a retry
     reservation_id: int = 0  # ends with this event; 0: none was needed
     forecast_ns: int = 0
     input: bytes = b""  # rides here when it is small; apply() keeps the sequence number, never the bytes
@@ -118,6 +119,7 @@ class PriorityChanged(Event, frozen=True, tag="priority_changed"):
     job_id: int
     priority: Priority
     by: int
+    message: str = ""
 
 
 class MovedFirst(Event, frozen=True, tag="moved_first"):
@@ -125,6 +127,7 @@ class MovedFirst(Event, frozen=True, tag="moved_first"):
 
     job_id: int
     by: int
+    message: str = ""
 
 
 class Paused(Event, frozen=True, tag="paused"):
@@ -138,6 +141,7 @@ class Resumed(Event, frozen=True, tag="resumed"):
     job_id: int
     at_head: bool = False
     by: int = -1
+    message: str = ""
 
 
 class Cancelled(Event, frozen=True, tag="cancelled"):
@@ -161,6 +165,7 @@ class Removed(Event, frozen=True, tag="removed"):
 
     job_id: int
     by: int = -1
+    message: str = ""
 
 
 class SubmitIdsForgotten(Event, frozen=True, tag="submit_ids_forgotten"):

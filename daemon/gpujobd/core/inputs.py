@@ -49,6 +49,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ns: int = 0
     failures_max: int = -1
     retry_of: int = 0
+    message: str = ""  # why it is tried again
 
 
 class Reserve(Input, frozen=True):
@@ -96,16 +97,19 @@ class SetPriority(Input, frozen=True):
     who: Who
     job_id: int
     priority: Priority
+    message: str = ""
 
 
 class MoveFirst(Input, frozen=True):
     who: Who
     job_id: int
+    message: str = ""
 
 
 class Remove(Input, frozen=True):
     who: Who
     job_id: int
+    message: str = ""
 
 
 class QueueVerb(enum.StrEnum):
