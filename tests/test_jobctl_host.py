@@ -95,7 +95,7 @@ def test_refusals_exit_as_they_are_documented(tmp_path):
         assert host.jobctl("show", "99").returncode == 2
         assert host.jobctl("submit", "nope", "-", text=lines(1)).returncode == 6
         done = host.jobctl("submit", "slow", "-", text=lines(6))
-        assert (done.returncode, done.stderr.split(":")[1]) == (6, " too_many_items")
+        assert (done.returncode, done.stderr.split(":")[1]) == (6, " too_many_items (6/5)")
         assert host.jobctl("submit", "slow", "-", text=lines(5)).returncode == 0
         for more in ([], ["--dry-run"]):
             full = host.jobctl("submit", "slow", "-", *more, text=lines(1))

@@ -141,7 +141,7 @@ def test_a_refusal_at_the_door_is_exit_6_and_no_byte_is_sent(daemon, file, capfd
     message = "the queue holds 20 of 20 jobs"
     daemon.answer(p.Submit, p.Error(id=0, code=p.ErrorCode.QUEUE_FULL, message=message, limit=20, current=20))
     assert run(["submit", "embed", file(LARGE)]) == 6
-    assert capfd.readouterr() == ("", f"jobctl: queue_full: {message}\n")
+    assert capfd.readouterr() == ("", f"jobctl: queue_full (20/20): {message}\n")
     assert daemon.asked(p.Chunk) == []
 
 

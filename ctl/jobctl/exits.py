@@ -17,6 +17,7 @@ from typing import IO, Any, Final
 
 import click
 from gpujobd.protocol import Error, ErrorCode
+from msgspec import UNSET
 
 
 class Exit(enum.IntEnum):
@@ -81,13 +82,21 @@ class Refusal(Failure):
     """The daemon said no."""
 
     def __init__(self, error: Error) -> None:
-        super().__init__(exit_of(error.code), f"{error.code}: {error.message}")
+        super().__init__(exit_of(error.code), _said(error))
         self.error = error
 
 
 def complain_of(job: int, error: Error, *, alone: bool) -> Exit:
     """Tell what went wrong with one of several jobs, by its id; of a single one the message is enough."""
     which = "" if alone else f"job {job}: "
-    failure = Failure(exit_of(error.code), f"{which}{error.code}: {error.message}")
+    failure = Failure(exit_of(error.code), f"{which}{_said(error)}")
     failure.show()
     return failure.exit
+
+
+def _said(error: Error) -> str:
+    """Such as `queue_full (20/20): the queue holds 20 of 20 jobs`."""
+    figures = (
+        f" ({error.current}/{error.limit})" if error.limit is not UNSET and error.current is not UNSET else ""
+    )
+    return f"{error.code}{figures}: {error.message}"
