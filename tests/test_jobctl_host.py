@@ -100,7 +100,7 @@ def test_refusals_exit_as_they_are_documented(tmp_path):
         for more in ([], ["--dry-run"]):
             full = host.jobctl("submit", "slow", "-", *more, text=lines(1))
             assert (full.returncode, full.stdout) == (6, "")
-            assert full.stderr.startswith("jobctl: queue_full: ")
+            assert full.stderr.startswith("jobctl: queue_full (1/1): ")
         assert host.jobctl("wait", "1", "--timeout", "0.1s").returncode == 5
         assert host.jobctl("queue", "disable", "-m", "maintenance").returncode == 0
         refused = host.jobctl("submit", "slow", "-", text=lines(1))
