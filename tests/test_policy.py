@@ -264,6 +264,22 @@ def test_among_equals_the_loaded_handler_goes_on_until_the_load_is_earned() -> N
     assert 200 <= floor.started[cold] <= 200 + 30 + 10 + BATCH_S
 
 
+def test_a_dear_handler_is_not_passed_over_for_cheap_ones_that_earn_their_loads_sooner() -> None:
+    loads = {"embed": 4.0, "rerank": 8.0, "ocr": 2.0}  # earned after 80, 160 and 40 seconds
+    floor = Floor(rules(), load_s=loads)
+    for handler in HANDLERS:
+        floor.submit(ROOT, items=10, handler=handler)
+    floor.run(30)
+    begun_s = floor.clock_s
+    floor.submit(ALICE, items=LONG)
+    dear = floor.submit(BOB, items=LONG, handler="rerank")
+    floor.submit(CAROL, items=LONG, handler="ocr")
+    floor.run(HOUR_S)
+    assert floor.started[dear] - begun_s <= 160 + BATCH_S + loads["ocr"]
+    for name in ("alice", "bob", "carol"):
+        assert floor.served_s(name) == pytest.approx(HOUR_S / 3, rel=0.15)
+
+
 def test_a_handler_that_is_loaded_too_costs_no_swap() -> None:
     floor = Floor(rules(), load_s={"embed": 20.0, "rerank": 20.0}, room=2)
     floor.submit(ALICE, items=LONG)
@@ -283,6 +299,17 @@ def test_two_devices_serve_two_tenants_without_ever_taking_turns() -> None:
     floor.run(HOUR_S)
     assert floor.yields == []
     assert floor.served_s("alice") == pytest.approx(HOUR_S, abs=2)
+
+
+def test_with_two_devices_nobody_gets_both_while_another_tenant_has_none() -> None:
+    floor = Floor(rules(), devices=("cuda:0", "cuda:1"))
+    for _ in range(2):
+        for who in (ALICE, BOB, CAROL):
+            floor.submit(who, items=LONG)
+    for _ in range(600):
+        floor.run(1)
+        held = [device.lease.tenant for device in floor.state.devices.values() if device.lease]
+        assert len(set(held)) == 2, floor.clock_s
 
 
 def test_two_devices_and_three_tenants_share_by_thirds() -> None:

@@ -32,6 +32,7 @@ from gpujobd.core.model import Device, DeviceState, Job, JobState, Priority, Rul
 
 STEPS_MAX: Final = 10_000
 STEP: Final = 100
+LEVELS: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 LATE_90: Final = 1.6
 LATE_90_MIN: Final = 0.1
 
@@ -72,18 +73,26 @@ class _Rest:
 class _Line:
     """What one tenant still wants at one level."""
 
-    __slots__ = ("level", "returned", "share", "tenant", "vtime_ns", "waiting")
+    __slots__ = ("level", "offered", "returned", "share", "tenant", "vtime_ns", "waiting")
 
     def __init__(self, tenant: str, level: Priority, share: float, vtime_ns: float) -> None:
         self.tenant = tenant
         self.level = level
         self.share = share
         self.vtime_ns = vtime_ns
+        self.offered: tuple[float, str] | None = None  # virtual time and handler of its newest entry
         self.waiting: deque[Job] = deque()
         self.returned: list[_Rest] = []  # jobs that were begun, the next one last
 
     def __bool__(self) -> bool:
         return bool(self.returned or self.waiting)
+
+    @property
+    def next_job(self) -> Job:
+        return self.returned[-1].job if self.returned else self.waiting[0]
+
+
+_Entry = tuple[float, int, int, _Line]
 
 
 class _Server:
@@ -112,7 +121,11 @@ class _Ahead:
         self.trusted = policy.may_start(state)  # false: only positions are known from here on
         self.quantum_ns = 0
         self.lines: dict[tuple[str, Priority], _Line] = {}
-        self.heaps: tuple[list[tuple[float, int, int, _Line]], ...] = ([], [], [])
+        self.heaps: tuple[dict[str, list[_Entry]], ...] = (
+            {},
+            {},
+            {},
+        )  # by level: handler wanted next -> lines
         self.offers = 0  # keeps two entries from being compared by their lines
         self.tenants = 1  # that compete; looked at now and then
         self.asleep: list[tuple[int, int, Job]] = []
@@ -164,9 +177,14 @@ class _Ahead:
 
     def _offer(self, line: _Line) -> None:
         if line:
-            key = line.returned[-1].job.line_key if line.returned else line.waiting[0].line_key
+            job = line.next_job
+            offer = (line.vtime_ns, job.handler)
+            if line.offered == offer:
+                return  # the entry is there: a second one would only have to be dropped later
+            line.offered = offer
             self.offers += 1
-            heappush(self.heaps[line.level], (line.vtime_ns, key, self.offers, line))
+            heap = self.heaps[line.level].setdefault(job.handler, [])
+            heappush(heap, (line.vtime_ns, job.line_key, self.offers, line))
 
     def _serve(self, state: State, device: Device) -> None:
         """Let a device take part, from when it can; what it runs now it goes on with for the rest of the turn."""
@@ -179,6 +197,7 @@ class _Ahead:
             job = state.jobs[lease.job_id]
             server.line = self._line(state, lease.tenant, lease.level)
             server.rest = self._rest(job)
+            self.outlooks[job.job_id] = Outlook(position=0)
             uncharged_ns = policy.uncharged_ns(lease, self.now_ns)
             if server.rest.known:
                 server.rest.left_ns = max(0, server.rest.left_ns - max(0, uncharged_ns - lease.loading_ns))
@@ -229,34 +248,45 @@ class _Ahead:
         """One device at one moment: account for what it did, then go on with it or turn to somebody else."""
         self._wake(at_ns)
         self._account(server, at_ns)
-        best = self._best()
         line, rest = server.line, server.rest
-        if line is not None and (rest is not None or line) and not self._must_leave(server, line, best):
-            rest = rest or self._take(line)
-            self._go_on(server, which, at_ns, line, rest, best)
-            return
-        if rest is not None and line is not None:
-            line.returned.append(rest)
+        if line is not None and (rest is not None or line):
+            rival = self._rival(server, line)
+            if not self._must_leave(server, line, rival):
+                self._go_on(server, which, at_ns, line, rest or self._take(line), rival)
+                return
+        if line is not None:
+            if rest is not None:
+                line.returned.append(rest)
             self._offer(line)
-            best = self._best()
         server.line = server.rest = None
+        best = self._best()
+        if best is not None and self._swap_wait_ns(server, best) > 0:
+            loaded = self._best(handlers=server.loaded)
+            best = loaded if loaded is not None and loaded.level is best.level else best
         if best is not None:
             self._begin(server, best)
-            self._go_on(server, which, at_ns, best, self._take(best), self._best())
+            self._go_on(server, which, at_ns, best, self._take(best), self._rival(server, best))
         elif self.asleep:
             heappush(self.agenda, (max(at_ns + 1, self.asleep[0][0]), which))
 
-    def _must_leave(self, server: _Server, line: _Line, best: _Line | None) -> bool:
-        if best is None or best is line or best.level < line.level:
+    def _must_leave(self, server: _Server, line: _Line, rival: _Line | None) -> bool:
+        if rival is None or rival.level < line.level:
             return False
-        if best.level > line.level:
+        if rival.level > line.level:
             return True
-        return (
-            server.budget_ns <= 0 and best.vtime_ns <= line.vtime_ns and self._swap_wait_ns(server, best) <= 0
-        )
+        earned = self._swap_wait_ns(server, rival) <= 0
+        return server.budget_ns <= 0 and rival.vtime_ns <= line.vtime_ns and earned
+
+    def _rival(self, server: _Server, line: _Line) -> _Line | None:
+        """Who could take the device from `line`: the best, or while that one's load is not earned, the best loaded."""
+        rival = self._best(besides=line)
+        if rival is None or rival.level is not line.level or self._swap_wait_ns(server, rival) <= 0:
+            return rival
+        loaded = self._best(besides=line, handlers=server.loaded)
+        return loaded if loaded is not None and loaded.level is line.level else rival
 
     def _swap_wait_ns(self, server: _Server, line: _Line) -> int:
-        job = line.returned[-1].job if line.returned else line.waiting[0]
+        job = line.next_job
         if job.handler in server.loaded or not server.loaded:
             return 0
         return round(self._load_ns(job) / self.rules.swap_overhead_max) - server.since_load_ns
@@ -265,15 +295,36 @@ class _Ahead:
         learned = self.learned.get(job.handler)
         return learned.load_ns if learned else 0
 
-    def _best(self) -> _Line | None:
-        """The next line of the highest level. Entries whose line has moved on are dropped here."""
-        for heap in reversed(self.heaps):
-            while heap:
-                vtime_ns, _, _, line = heap[0]
-                if line and vtime_ns == line.vtime_ns:
-                    return line
-                heappop(heap)
+    def _best(self, besides: _Line | None = None, handlers: list[str] | None = None) -> _Line | None:
+        """The next line of the highest level, of those that want one of these handlers next."""
+        for level in LEVELS:
+            heaps = self.heaps[level]
+            if not heaps:
+                continue
+            tops = [self._top(level, name, besides) for name in (heaps if handlers is None else handlers)]
+            best = min((top for top in tops if top is not None), default=None)
+            if best is not None:
+                return best[3]
         return None
+
+    def _top(self, level: Priority, handler: str, besides: _Line | None) -> _Entry | None:
+        """First entry of a heap. Entries whose line has moved on are dropped here."""
+        heap = self.heaps[level].get(handler, [])
+        aside: _Entry | None = None
+        top: _Entry | None = None
+        while heap and top is None:
+            vtime_ns, _, _, line = heap[0]
+            if not line or vtime_ns != line.vtime_ns or line.next_job.handler != handler:
+                heappop(heap)
+                if line.offered == (vtime_ns, handler):
+                    line.offered = None
+            elif line is besides:
+                aside = heappop(heap)
+            else:
+                top = heap[0]
+        if aside is not None:
+            heappush(heap, aside)
+        return top
 
     def _begin(self, server: _Server, line: _Line) -> None:
         """A new turn."""
@@ -283,26 +334,28 @@ class _Ahead:
 
     def _take(self, line: _Line) -> _Rest:
         rest = line.returned.pop() if line.returned else self._rest(line.waiting.popleft())
-        self._offer(line)
+        if len(self.servers) > 1:
+            self._offer(line)  # to the other devices: this one has it anyway
         return rest
 
     def _go_on(
-        self, server: _Server, which: int, at_ns: int, line: _Line, rest: _Rest, best: _Line | None
+        self, server: _Server, which: int, at_ns: int, line: _Line, rest: _Rest, rival: _Line | None
     ) -> None:
         """Let `rest` run as far as nothing can change: its end, the turn's end, the next job that wakes."""
         self._started(rest, at_ns)
         load_ns = self._load(server, rest.job)
         server.budget_ns -= load_ns
         work_ns = rest.left_ns
-        if best is not None and best is not line and best.level is line.level:
-            lead_ns = round((best.vtime_ns - line.vtime_ns) * line.share)
-            swap_ns = self._swap_wait_ns(server, best)
+        if rival is not None and rival.level is line.level:
+            lead_ns = round((rival.vtime_ns - line.vtime_ns) * line.share)
+            swap_ns = self._swap_wait_ns(server, rival)
             work_ns = min(work_ns, max(server.budget_ns, lead_ns, swap_ns, policy.SLICE_MIN_NS))
         if self.asleep:
             work_ns = min(work_ns, max(self.asleep[0][0] - at_ns - load_ns, policy.SLICE_MIN_NS))
         server.rest, server.work_ns = rest, work_ns
         line.vtime_ns += (load_ns + work_ns) / line.share
-        self._offer(line)
+        if len(self.servers) > 1:
+            self._offer(line)
         server.budget_ns -= work_ns
         server.since_load_ns += load_ns + work_ns
         server.late_ns += (load_ns + work_ns) * self._lateness(rest.job)
@@ -354,8 +407,8 @@ class _Ahead:
         while self.asleep and self.asleep[0][0] <= at_ns:
             _, _, job = heappop(self.asleep)
             line = self.lines.get((job.tenant, job.priority))
-            heap = self.heaps[job.priority]
-            floor_ns = heap[0][0] if heap else 0.0
+            tops = [self._top(job.priority, name, None) for name in self.heaps[job.priority]]
+            floor_ns = min((top[0] for top in tops if top is not None), default=0.0)
             if line is None:
                 line = _Line(job.tenant, job.priority, self.rules.share(job.tenant), floor_ns)
                 self.lines[job.tenant, job.priority] = line

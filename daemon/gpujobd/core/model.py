@@ -40,6 +40,8 @@ class JobState(enum.StrEnum):
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
+    __hash__ = str.__hash__  # Enum's own is Python code, and states are looked up in tables all the time
+
 
 S = JobState
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
@@ -61,6 +63,8 @@ class Priority(enum.IntEnum):
     LOW = 0
     NORMAL = 1
     HIGH = 2
+
+    __hash__ = int.__hash__  # as for JobState
 
 
 class Reason(enum.StrEnum):

@@ -11,8 +11,9 @@ Rule 1: a device that is free gets a job if any can run: no rule keeps it idle.
 Rule 2: a turn lasts `slice_s`, less with many tenants, and goes on over several jobs of its tenant. It ends for the
 next claim only, if that has no more virtual time than the tenant that runs: with nobody there it goes on.
 Rule 3: a claim that needs another handler waits until the device has been used for load time / `swap_overhead_max`
-since it last loaded one, so that loading takes at most that part of the time. Only the absence of other work, a
-higher level, and being overdue beat this.
+since it last loaded one, so that loading takes at most that part of the time. Meanwhile only claims on loaded
+handlers go before it: each load waits for its own price and for no other. Only the absence of such work, a higher
+level, and being overdue beat this.
 Rule 4: a higher level is asked for at once, whatever the turn. More yields than there are claims are never asked for.
 """
 
@@ -72,22 +73,17 @@ class Survey(msgspec.Struct, frozen=True):
 
 def survey(state: State, rules: Rules, now_ns: int) -> Survey:
     """Cost: the number of tenants that have jobs in line, whatever the number of jobs."""
-    blocked = blocked_handlers(state, rules, now_ns)
-    running = {device.lease.tenant for device in state.devices.values() if device.lease}
+    look = _Look(state, rules, now_ns)
     found: list[Claim] = []
-    for name, lines in state.book.lines.items():
+    for lines in state.book.lines.values():
         if len(lines) == 1:
             ((key, line),) = lines.items()
-            if key[1] not in blocked:
-                found.append(
-                    _claim(
-                        state, rules, now_ns, _level(rules, key[0], line[0], now_ns), line, name in running
-                    )
-                )
+            if key[1] not in look.blocked:
+                found.append(look.claim(_level(rules, key[0], line[0], now_ns), line, len(line)))
         else:
-            found += _claims_of(state, rules, now_ns, lines, blocked, name in running)
+            found += look.claims_of(lines)
     found.sort(key=Claim.key)
-    return Survey(found, blocked)
+    return Survey(found, look.blocked)
 
 
 def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
@@ -102,41 +98,54 @@ def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
     return blocked
 
 
-def _claims_of(
-    state: State,
-    rules: Rules,
-    now_ns: int,
-    lines: dict[tuple[Priority, str], Line],
-    blocked: dict[str, str],
-    running: bool,
-) -> Iterator[Claim]:
-    """A tenant with several lines: its first job at each level, whatever the handler."""
-    first: dict[Priority, Line] = {}
-    jobs = [0, 0, 0]
-    for (base, handler), line in lines.items():
-        if handler in blocked:
-            continue
-        level = _level(rules, base, line[0], now_ns)
-        jobs[level] += len(line)
-        if level not in first or line[0].line_key < first[level][0].line_key:
-            first[level] = line
-    for level, line in first.items():
-        yield _claim(state, rules, now_ns, level, line, running, jobs[level])
+class _Look:
+    """What is the same for all claims of one survey."""
 
+    def __init__(self, state: State, rules: Rules, now_ns: int) -> None:
+        self.state = state
+        self.rules = rules
+        self.now_ns = now_ns
+        self.blocked = blocked_handlers(state, rules, now_ns)
+        self.served: set[str] = set()
+        self.promised_ns: dict[
+            tuple[str, Priority], int
+        ] = {}  # to what runs: until now, and a slice from now
+        for device in state.devices.values():
+            if (lease := device.lease) is not None:
+                self.served.add(lease.tenant)
+                key = (lease.tenant, lease.level)
+                more_ns = uncharged_ns(lease, now_ns) + slice_ns(state, rules)
+                self.promised_ns[key] = self.promised_ns.get(key, 0) + more_ns
 
-def _claim(
-    state: State, rules: Rules, now_ns: int, level: Priority, line: Line, running: bool, jobs: int = 0
-) -> Claim:
-    job = line[0]
-    tenant = state.tenants[job.tenant]
-    since_ns = max(job.queued_ns, tenant.served_ns)
-    vtime_ns = tenant.vtimes_ns[level]
-    if (
-        level != job.priority
-    ):  # lifted by aging: a newcomer there, and by its long wait the first of its equals
-        vtime_ns = max(vtime_ns, floor_ns(state, level))
-    overdue = not running and now_ns - since_ns >= rules.wait_max_ns
-    return Claim(level, overdue, vtime_ns, since_ns, job, jobs or len(line))
+    def claims_of(self, lines: dict[tuple[Priority, str], Line]) -> Iterator[Claim]:
+        """A tenant with several lines: its first job at each level, whatever the handler."""
+        first: dict[Priority, Line] = {}
+        jobs = [0, 0, 0]
+        for (base, handler), line in lines.items():
+            if handler in self.blocked:
+                continue
+            level = _level(self.rules, base, line[0], self.now_ns)
+            jobs[level] += len(line)
+            if level not in first or line[0].line_key < first[level][0].line_key:
+                first[level] = line
+        for level, line in first.items():
+            yield self.claim(level, line, jobs[level])
+
+    def claim(self, level: Priority, line: Line, jobs: int) -> Claim:
+        """A tenant that runs elsewhere claims behind what it was promised there: devices go round, too."""
+        job = line[0]
+        tenant = self.state.tenants[job.tenant]
+        vtime_ns = tenant.vtimes_ns[level]
+        if (
+            level != job.priority
+        ):  # lifted by aging: a newcomer there, and by its long wait the first of equals
+            vtime_ns = max(vtime_ns, floor_ns(self.state, level))
+        if job.tenant in self.served:
+            promised_ns = self.promised_ns.get((job.tenant, level), 0)
+            vtime_ns += round(promised_ns / self.rules.share(job.tenant))
+        since_ns = max(job.queued_ns, tenant.served_ns)
+        overdue = self.now_ns - since_ns >= self.rules.wait_max_ns and job.tenant not in self.served
+        return Claim(level, overdue, vtime_ns, since_ns, job, jobs)
 
 
 def floor_ns(state: State, level: Priority) -> int:
@@ -188,8 +197,9 @@ def choose(state: State, rules: Rules, device: Device, claims: list[Claim]) -> t
         own = next((claim for claim in level if claim.job.tenant == turn.tenant), None)
         if own is not None and swap_due(state, rules, device, own):
             return own, False
-    best = next((claim for claim in level if swap_due(state, rules, device, claim)), level[0])
-    return best, True
+    if swap_due(state, rules, device, level[0]):
+        return level[0], True
+    return next((claim for claim in level if claim.job.handler in device.loaded), level[0]), True
 
 
 def swap_due(state: State, rules: Rules, device: Device, claim: Claim, uncharged_ns: int = 0) -> bool:
@@ -249,15 +259,27 @@ def due_yield(
     running = [device for device in leased if device.lease and device.lease.yield_why is None]
     running.sort(key=lambda device: _strength(state, rules, device, now_ns))
     covered = len(leased) - len(running) + len(free_devices(state, now_ns))
+    saving: set[str] = (
+        set()
+    )  # devices that are on their way to earn a load: only loaded handlers go before it
     for claim in claims:
         covered -= claim.jobs
         if covered >= 0:
             continue
         for device in running:
             why = _beats(state, rules, claim, device, now_ns)
-            if why is not None:
+            if why is YieldWhy.PRIORITY:
                 return device, claim, why
+            if why is None or (device.name in saving and claim.job.handler not in device.loaded):
+                continue
+            if swap_due(state, rules, device, claim, _uncharged_ns(device, now_ns)):
+                return device, claim, why
+            saving.add(device.name)
     return None
+
+
+def _uncharged_ns(device: Device, now_ns: int) -> int:
+    return uncharged_ns(device.lease, now_ns) if device.lease else 0
 
 
 def _strength(state: State, rules: Rules, device: Device, now_ns: int) -> tuple[int, int]:
@@ -274,6 +296,7 @@ def running_vtime_ns(state: State, rules: Rules, lease: Lease, now_ns: int) -> i
 
 
 def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int) -> YieldWhy | None:
+    """Whether this claim comes before what the device runs, the price of a load apart."""
     lease = device.lease
     assert lease is not None, device.name
     if claim.level > lease.level:
@@ -283,8 +306,6 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     if not turn_over(state, rules, device, now_ns):
         return None
     if not claim.overdue and claim.vtime_ns > running_vtime_ns(state, rules, lease, now_ns):
-        return None
-    if not swap_due(state, rules, device, claim, uncharged_ns(lease, now_ns)):
         return None
     return YieldWhy.TURN_OVER
 
