@@ -29,14 +29,6 @@ class Guest:
         self.uploads = trio.Semaphore(UPLOADS_MAX)
         self.labours = trio.CapacityLimiter(LABOURS_MAX)
 
-    @contextlib.contextmanager
-    def streaming(self) -> Iterator[None]:
-        self.streams += 1
-        try:
-            yield
-        finally:
-            self.streams -= 1
-
 
 class Guests:
     """Every uid that has connections now."""
@@ -45,7 +37,8 @@ class Guests:
         self._guests: dict[int, Guest] = {}
 
     def __len__(self) -> int:
-        return len(self._guests)
+        """Connections in all."""
+        return sum(guest.connections for guest in self._guests.values())
 
     @contextlib.contextmanager
     def visiting(self, uid: int) -> Iterator[Guest]:

@@ -148,7 +148,7 @@ class Server:
                 if who is None:
                     _say_at_once(sock, NO_NAMES)
                     return
-                refusal = self._turned_away(who, guest, places)
+                refusal = self._turned_away(who, guest)
                 if refusal is None:
                     connection = Connection(sock, found, who, guest, self._dispatch, self._connections)
                     await connection.run(lambda hello: self._welcome(hello, found))
@@ -160,13 +160,13 @@ class Server:
             sock.close()
             places.release()
 
-    def _turned_away(self, who: Who, guest: Guest, places: trio.Semaphore) -> protocol.Error | None:
+    def _turned_away(self, who: Who, guest: Guest) -> protocol.Error | None:
         """Why not; said BEFORE a word is read: who is turned away must not hold a place for a moment."""
         if who.admin:
             return None
         for current, limit, whose in (
             (guest.connections, CONNECTIONS_PER_UID_MAX, "your"),
-            (self._places - places.value, self._places - _reserved(self._places), "all"),
+            (len(self._guests), self._places - _reserved(self._places), "all"),
         ):
             if current > limit:
                 message = f"{limit} of {limit} of {whose} connections are in use"
@@ -243,11 +243,14 @@ class Server:
             code = ErrorCode.TOO_MANY_REQUESTS
             c.fail(request.id, code, message, limit=STREAMS_MAX, current=c.guest.streams)
             return
+        c.guest.streams += 1  # at once: the next request may be here before the task begins
         self._task(c, self._in_stream, run, request)
 
     async def _in_stream(self, c: Connection, run: Callable[..., Awaitable[None]], request: Any) -> None:
-        with c.guest.streaming():
+        try:
             await run(c, request)
+        finally:
+            c.guest.streams -= 1
 
     # --- reads --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,498 @@
+"""Who gets in, who may do what, and how the others fare while somebody misbehaves: real users, real daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from gpujobd import protocol, server
+from gpujobd.core.inputs import Who
+from gpujobd.core.model import Job
+from gpujobd.core.rights import RIGHTS, allowed
+from gpujobd.guests import CONNECTIONS_MAX, STREAMS_MAX, UPLOADS_MAX
+from gpujobd.protocol import Frames, frame
+from harness import HANG_S, as_user, fake, hosted, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="other users can only be played by root")
+
+OWNER, MEMBER, STRANGER, OBSERVER = 30_001, 30_002, 30_003, 30_004
+CONFIG = """
+[access]
+observers = ["30004"]
+[tenants.shared]
+members = ["30001", "30002"]
+[limits]
+queued_jobs_max = 5000
+"""
+HELLO = frame(protocol.Hello([1]))
+
+
+@pytest.fixture(scope="module")
+def host():
+    folder = Path(tempfile.mkdtemp(prefix="gpujobd-"))
+    folder.chmod(0o755)
+    with hosted(folder / "host", CONFIG, count=fake("toys:Count", job_params={})) as host:
+        yield host
+        assert host.process.poll() is None, host.log()
+        assert "Traceback" not in host.log(), host.log()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def stopped_queue(host):
+    with host.client() as client:
+        client.ask(protocol.Queue, action="stop")
+        yield
+        for job in client.ask(protocol.List, states=["queued", "paused"]).jobs:
+            client.ask(protocol.Cancel, job=job.id)
+        client.ask(protocol.Queue, action="start")
+
+
+# --- every verb and every relation ------------------------------------------------------------------------------------
+
+ONE_JOB = {
+    "show": {},
+    "watch": {},
+    "output": {},
+    "log": {},
+    "cancel": {},
+    "pause": {},
+    "resume": {},
+    "priority": {"priority": "low"},
+    "first": {},
+    "retry": {"submit_id": "again"},
+    "rm": {},
+}
+HOUSE = {
+    "submit": {
+        "submit_id": "s",
+        "handler": "count",
+        "items": 1,
+        "input_bytes": 3,
+        "input_sha256": hashlib.sha256(b"{}\n").digest(),
+        "item_bytes": 2,
+        "input": b"{}\n",
+    },
+    "last": {},
+    "ping": {},
+    "status": {},
+    "handlers": {},
+    "tenants": {},
+    "devices": {},
+    "list": {},
+    "queue": {"action": "enable"},
+    "events": {"since": 1},
+}
+KINDS = {kind.__struct_config__.tag: kind for kind in protocol.AnyRequest.__args__}
+WHO = {
+    "stranger": Who(uid=STRANGER, tenants=frozenset({str(STRANGER)})),
+    "observer": Who(uid=OBSERVER, observer=True, tenants=frozenset({str(OBSERVER)})),
+    "member": Who(uid=MEMBER, tenants=frozenset({str(MEMBER), "shared"})),
+    "owner": Who(uid=OWNER, tenants=frozenset({str(OWNER), "shared"})),
+    "admin": Who(uid=0, admin=True, observer=True, tenants=frozenset({"root"})),
+}
+
+
+def test_every_verb_has_its_rights_its_row_and_its_test(host):
+    verbs = set(KINDS) - {"hello", "chunk"}
+    assert verbs == set(RIGHTS) - {"see_event"}, (
+        "a verb without rights is nobody's; rights without a verb are nobody's"
+    )
+    assert verbs == {*ONE_JOB, *HOUSE, "wait"}, "a new verb needs its line here"
+
+
+def owned_job(host, index):
+    def submit():
+        with host.client() as client:
+            job = client.submit("count", [{"text": "a"}], tenant="shared", submit_id=f"matrix-{index}").job
+            client.wait(job)
+            return job
+
+    return as_user(OWNER, submit)
+
+
+def code_of(reply):
+    return reply.code if isinstance(reply, protocol.Error) else "ok"
+
+
+@pytest.mark.parametrize("relation", WHO)
+def test_a_relation_may_do_what_the_table_says_and_nothing_else(host, relation):
+    who = WHO[relation]
+    job = owned_job(host, relation)
+
+    def try_all():
+        with host.client() as client:
+            found = {
+                verb: code_of(client.ask(KINDS[verb], job=job, **f))
+                for verb, f in ONE_JOB.items()
+                if verb != "watch"
+            }
+            found["wait"] = code_of(client.ask(protocol.Wait, jobs=[job]))
+            for verb, fields in HOUSE.items():
+                if verb != "events":
+                    found[verb] = code_of(client.ask(KINDS[verb], **fields))
+            found["watch"] = code_of(client.ask(protocol.Watch, job=job))
+            return found
+
+    def shown():
+        with host.client() as client:
+            found = []
+            client.send(protocol.Events(id=1, since=1))
+            while isinstance(reply := client.receive(), protocol.EventSeen):
+                found.append(reply.event.get("job"))
+            return job in found, job in [j.id for j in client.ask(protocol.List, after=job - 1).jobs]
+
+    core_job = Job(
+        job_id=job,
+        submit_id="x",
+        owner=OWNER,
+        tenant="shared",
+        handler="count",
+        items=1,
+        input_bytes=1,
+        input_sha256=b"",
+        submitted_ns=1,
+    )
+    sees_event, listed = as_user(who.uid, shown)
+    assert sees_event == allowed("see_event", who, core_job)
+    assert listed == allowed("show", who, core_job)
+    for verb, code in as_user(who.uid, try_all).items():
+        if verb == "watch" and allowed("rm", who, core_job):
+            assert code == "no_such_job"  # removed by then
+        elif verb == "wait" and allowed("rm", who, core_job):
+            assert code == "no_such_job"
+        elif allowed(verb, who, core_job if verb in ONE_JOB or verb == "wait" else None):
+            assert code not in ("forbidden", "no_such_job"), (verb, code)
+        elif verb in HOUSE or allowed("show", who, core_job):
+            assert code == "forbidden", (verb, code)
+        else:
+            assert code == "no_such_job", (verb, code)
+
+
+def test_somebody_elses_job_and_one_never_given_get_the_same_words(host):
+    job = owned_job(host, "words")
+
+    def words():
+        with host.client() as client:
+            pairs = []
+            for verb, fields in ONE_JOB.items():
+                foreign = client.ask(KINDS[verb], job=job, **fields)
+                missing = client.ask(KINDS[verb], job=job + 10_000, **fields)
+                pairs.append(
+                    (
+                        verb,
+                        foreign.message.replace(str(job), "N"),
+                        missing.message.replace(str(job + 10_000), "N"),
+                    )
+                )
+            return pairs
+
+    for verb, foreign, missing in as_user(STRANGER, words):
+        assert foreign == missing, verb
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def crowd(host, uid, count):
+    """A child of another uid that holds `count` silent or greeted connections until it is killed."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            socks = []
+            for _ in range(count):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.connect(str(host.socket))
+                with contextlib.suppress(OSError):
+                    sock.send(HELLO + frame(protocol.Events(id=1, follow=True)))
+                socks.append(sock)
+            welcomed = 0
+            for sock in socks:
+                sock.settimeout(20)
+                replies = list(map(protocol.decode_reply, Frames().feed(sock.recv(1 << 16))))
+                welcomed += isinstance(replies[0], protocol.Welcome)
+            os.write(writer, struct.pack("i", welcomed))
+            time.sleep(HANG_S)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        return child, struct.unpack("i", pipe.read(4))[0]
+
+
+def end(*children):
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_one_uid_gets_its_places_and_the_rest_a_reason(host):
+    child, welcomed = crowd(host, STRANGER, CONNECTIONS_MAX + 20)
+    try:
+        assert welcomed == CONNECTIONS_MAX
+
+        def one_more():
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(HANG_S)
+            sock.connect(str(host.socket))
+            return protocol.decode_reply(next(Frames().feed(sock.recv(1 << 16))))
+
+        refusal = as_user(STRANGER, one_more)  # before it has said a word
+        assert (refusal.code, refusal.limit) == ("too_many_connections", CONNECTIONS_MAX)
+        with host.client() as client:
+            assert isinstance(client.ask(protocol.Ping), protocol.Pong)
+    finally:
+        end(child)
+
+
+def test_the_last_places_are_for_administrators(host):
+    children = []
+    try:
+        welcomed = []
+        for n in range(5):
+            child, number = crowd(host, 31_000 + n, CONNECTIONS_MAX)
+            children.append(child)
+            welcomed.append(number)
+        assert sum(welcomed) == server.CONNECTIONS_MAX - server.CONNECTIONS_RESERVED
+        admins = [host.client() for _ in range(server.CONNECTIONS_RESERVED - 1)]
+        for client in admins:
+            assert isinstance(client.ask(protocol.Ping), protocol.Pong)
+            client.sock.close()
+        assert "was turned away" in host.log()
+        assert host.log().count("was turned away") < 5  # whatever the crowd, the log stays readable
+    finally:
+        end(*children)
+    until(lambda: len(os.listdir(f"/proc/{host.process.pid}/fd")) < 60, "the places to be given back")
+
+
+# --- what one uid can cost ----------------------------------------------------------------------------------------------
+
+
+def test_subscriptions_are_bounded_by_uid_and_not_by_connection(host):
+    def subscribe():
+        refused = 0
+        clients = []
+        for _ in range(6):
+            client = host.client()
+            clients.append(client)
+            for n in range(50):
+                client.send(protocol.Events(id=n + 1, follow=True))
+            client.send(protocol.Ping(id=100))
+            while not isinstance(reply := client.receive(), protocol.Pong):
+                refused += isinstance(reply, protocol.Error) and reply.code == "too_many_requests"
+        return refused
+
+    assert as_user(STRANGER, subscribe) == 300 - STREAMS_MAX
+
+
+def test_uploads_of_one_uid_wait_for_each_other_and_not_for_anybody_elses(host, stopped_queue):
+    header = {
+        "handler": "count",
+        "items": 20_000,
+        "input_bytes": 200_000,
+        "input_sha256": b"x" * 32,
+        "item_bytes": 50,
+    }
+
+    def go_on(count):
+        with host.client() as client:
+            for n in range(count):
+                client.send(protocol.Submit(id=n + 1, submit_id=uuid.uuid4().hex, **header))
+            client.sock.settimeout(1.0)
+            granted = 0
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    granted += isinstance(client.receive(), protocol.GoOn)
+            return granted
+
+    assert as_user(STRANGER, lambda: go_on(UPLOADS_MAX + 10)) == UPLOADS_MAX
+    assert as_user(MEMBER, lambda: go_on(3)) == 3
+
+
+def test_wide_names_and_reasons_of_others_do_not_break_the_administrators_table(host, stopped_queue):
+    def submit():
+        with host.client() as client:
+            for n in range(400):
+                job = client.submit("count", [{"text": "a"}], name="漢" * 100, submit_id=f"wide-{n}").job
+                client.ask(protocol.Pause, job=job, message="漢" * 500)
+
+    as_user(STRANGER, submit)
+    with host.client() as client:
+        after, seen = 0, []
+        while True:
+            page = client.ask(protocol.List, states=["paused"], after=after)
+            seen += page.jobs
+            if not page.next:
+                break
+            after = page.next
+        assert len(seen) == 400
+        assert isinstance(client.ask(protocol.Status), protocol.StatusTable)
+        for job in seen:
+            client.ask(protocol.Cancel, job=job.id, message="漢" * 500)
+        ended = client.wait(*(job.id for job in seen))
+        assert [job.state for job in ended] == ["cancelled"] * 400
+
+
+def test_words_of_users_forge_no_line_of_the_log(host, stopped_queue):
+    def speak():
+        with host.client() as client:
+            job = client.submit("count", [{"text": "a"}]).job
+            client.ask(protocol.Pause, job=job, message="x\nERROR device cpu is on fire\x1b[2J\x9b1m")
+            bad = client.submit("count", [{"text": "a"}], name="a\nb").code
+            strange = client.ask(protocol.List, states=["a\nERROR forged"] * 50_000)
+            return bad, strange.code, len(strange.message)
+
+    assert as_user(STRANGER, speak)[:2] == ("bad_input", "bad_request")
+    until(lambda: "on fire" in host.log(), "the line")
+    assert not [line for line in host.log().splitlines() if line.startswith("ERROR")]
+    assert "\x1b" not in host.log()
+    assert "\x9b" not in host.log()
+
+
+def test_a_thousand_unknown_parameters_are_refused_in_a_line(host):
+    with host.client() as client:
+        reply = client.submit("count", [{"text": "a"}], params={f"p{n}" * 10: "x" for n in range(10_000)})
+        assert reply.code == "bad_params"
+        assert len(reply.message) < 1100
+
+
+def test_the_newest_job_is_the_newest_that_is_left(host):
+    def run():
+        with host.client() as client:
+            first = client.submit("count", [{"text": "a"}], submit_id="first").job
+            second = client.submit("count", [{"text": "a"}], submit_id="second").job
+            client.wait(first, second)
+            before = client.ask(protocol.Last).job.id
+            client.ask(protocol.Remove, job=second)
+            after = client.ask(protocol.Last).job.id
+            client.ask(protocol.Remove, job=first)
+            return before - second, after - first, client.ask(protocol.Last).code
+
+    assert as_user(30_009, run) == (0, 0, "no_such_job")
+
+
+# --- and the others, meanwhile ------------------------------------------------------------------------------------------
+
+
+def flood(host, uid, requests, connections):
+    """A child that sends `requests` as fast as it can on many connections, reading what comes."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            import selectors
+
+            chosen = selectors.DefaultSelector()
+            for _ in range(connections):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.connect(str(host.socket))
+                sock.sendall(HELLO)
+                sock.setblocking(False)
+                chosen.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            while True:
+                for key, ready in chosen.select():
+                    with contextlib.suppress(BlockingIOError):
+                        if ready & selectors.EVENT_READ and not key.fileobj.recv(1 << 18):
+                            os._exit(3)
+                        if ready & selectors.EVENT_WRITE:
+                            key.fileobj.send(requests)
+        finally:
+            os._exit(1)
+    return child
+
+
+def pings(host, seconds):
+    """Seconds that each ping of another user took."""
+
+    def ping():
+        took = []
+        with host.client() as client:
+            until_at = time.monotonic() + seconds
+            while time.monotonic() < until_at:
+                at = time.monotonic()
+                client.ask(protocol.Ping)
+                took.append(time.monotonic() - at)
+                time.sleep(0.005)
+        return took
+
+    return sorted(as_user(MEMBER, ping))
+
+
+FLOODS = {
+    "pings": frame(protocol.Ping(id=1)),
+    "lists": frame(protocol.List(id=1)),
+    "statuses": frame(protocol.Status(id=1)),
+    "lasts": frame(protocol.Last(id=1)),
+    "events": frame(protocol.Events(id=1, since=1)),
+    "tenants": frame(protocol.Tenants(id=1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FLOODS)
+def test_another_users_ping_is_prompt_under_a_flood(host, stopped_queue, what):
+    with host.client() as client:
+        for n in range(300):
+            client.submit("count", [{"text": "a"}], submit_id=f"flood-{n}")
+    one = FLOODS[what]
+    many = b"".join(one[:-1] + bytes([n]) if one[-1] == 1 else one for n in range(60))
+    many = many if what == "pings" else one
+    child = flood(host, STRANGER, many, 100)
+    try:
+        time.sleep(0.5)
+        took = pings(host, 3.0)
+    finally:
+        end(child)
+    print(
+        what,
+        len(took),
+        "pings, p50",
+        took[len(took) // 2],
+        "p99",
+        took[len(took) * 99 // 100],
+        "max",
+        took[-1],
+    )
+    assert took[len(took) * 99 // 100] < 0.25
+
+
+@pytest.mark.slow
+def test_another_users_ping_is_prompt_among_silent_and_slow_connections(host):
+    silent, _ = crowd(host, 31_001, 100)
+    slow = os.fork()
+    if slow == 0:
+        try:
+            os.setuid(31_002)
+            socks = []
+            for _ in range(50):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.connect(str(host.socket))
+                socks.append(sock)
+            while True:
+                for sock in socks:
+                    with contextlib.suppress(OSError):
+                        sock.send(HELLO[:1])
+                time.sleep(1)
+        finally:
+            os._exit(1)
+    try:
+        took = pings(host, 5.0)
+    finally:
+        end(silent, slow)
+    assert took[len(took) * 99 // 100] < 0.25
