@@ -39,12 +39,9 @@ _line_key = attrgetter("line_key")
 
 
 def rebuild(state: State) -> None:
-    """Make the bookkeeping anew, and let jobs share the names of their tenants and handlers."""
+    """Make the bookkeeping anew."""
     book = state.book = Book()
-    names: dict[str, str] = {}
     for job in state.jobs.values():
-        job.tenant = names.setdefault(job.tenant, job.tenant)
-        job.handler = names.setdefault(job.handler, job.handler)
         _count_stored(book, job)
         if job.state in FINAL:
             book.finals.append((job.finished_ns, job.job_id))

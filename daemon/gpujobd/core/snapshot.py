@@ -18,6 +18,8 @@ import msgspec
 
 from gpujobd.core.book import rebuild
 from gpujobd.core.model import (
+    NO_DEATHS,
+    NO_PARAMS,
     Device,
     Job,
     Learned,
@@ -143,6 +145,7 @@ def load(pieces: Iterable[bytes]) -> State:
         SnapshotError: these are not all the pieces of one snapshot, or not a snapshot at all.
     """
     state: State | None = None
+    names: dict[str, str] = {}
     end: End | None = None
     for data in pieces:
         piece = _decode(data)
@@ -154,7 +157,7 @@ def load(pieces: Iterable[bytes]) -> State:
             end = piece
         else:
             assert state is not None
-            _add(state, piece)
+            _add(state, piece, names)
     if state is None or end is None:
         raise SnapshotError("the snapshot has no end")
     here = (len(state.tenants), len(state.jobs), len(state.removed))
@@ -189,9 +192,10 @@ def _state(house: House) -> State:
     )
 
 
-def _add(state: State, piece: Tenants | Jobs | Removals) -> None:
+def _add(state: State, piece: Tenants | Jobs | Removals, names: dict[str, str]) -> None:
     if isinstance(piece, Jobs):
         for job in piece.jobs:
+            _share(job, names)
             state.jobs[job.job_id] = job
     elif isinstance(piece, Tenants):
         for tenant in piece.tenants:
@@ -199,6 +203,18 @@ def _add(state: State, piece: Tenants | Jobs | Removals) -> None:
     else:
         for removal in piece.removals:
             state.removed[removal.job_id] = removal
+
+
+def _share(job: Job, names: dict[str, str]) -> None:
+    """Jobs that were read come with copies of what they have in common: a quarter of their memory."""
+    job.tenant = names.setdefault(job.tenant, job.tenant)
+    job.handler = names.setdefault(job.handler, job.handler)
+    job.params = job.params or NO_PARAMS
+    job.deaths = job.deaths or NO_DEATHS
+    if job.line_key == job.job_id:
+        job.line_key = job.job_id
+    if job.queued_ns == job.submitted_ns:
+        job.queued_ns = job.submitted_ns
 
 
 def clone(state: State) -> State:
