@@ -47,12 +47,13 @@ class GatedDisk(SimDisk):
         super().__init__()
         self.gate = threading.Event()
         self.entered = trio.Event()
+        self.loop = trio.lowlevel.current_trio_token()
         self.gated = False
         self.broken = False
 
     def fdatasync(self, fd: int) -> None:
         if self.gated:
-            trio.from_thread.run_sync(self.entered.set)
+            trio.from_thread.run_sync(self.entered.set, trio_token=self.loop)
             assert self.gate.wait(30)
         if self.broken:
             raise OSError(errno.EIO, "Input/output error")

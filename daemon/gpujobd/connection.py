@@ -4,11 +4,14 @@ Rule 1: a client that is slow, silent, broken or hostile costs the others nothin
 every queue a bound, and one connection's trouble ends one connection.
 Rule 2: what a peer has not taken yet is bounded: beyond OUT_BYTES_MAX nothing more is read from it or done for it.
 Rule 3: `except Exception` stands here and nowhere else: a bug in answering one request must not stop the daemon.
+Rule 4: what every request pays is one wake-up, a read and a write. So no read has a timer of its own, and one
+task writes for all of them, as far as their peers take it at once (`Connections`).
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import logging
 import math
@@ -17,7 +20,7 @@ import socket
 import struct
 import termios
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import trio
@@ -39,7 +42,7 @@ READ_BYTES: Final = 64 << 10
 PIECE_BYTES: Final = 64 << 10
 OUT_BYTES_MAX: Final = 1 << 20
 DESCRIPTOR_BYTES: Final = 128 << 10  # what a descriptor that waits to be sent counts for
-TAKEN_LOOK_S: Final = 0.005
+TAKEN_LOOK_S: Final = 0.001  # the first time; then twice as long each
 REQUESTS_A_PASS: Final = 32  # then others get the loop: about half a millisecond
 MESSAGE_CHARS_MAX: Final = 1000  # of an error: it may quote what the peer sent
 
@@ -50,24 +53,90 @@ class Gone(Exception):
     """The peer is no longer worth talking to; the message says why."""
 
 
+class Connections:
+    """All of them: what is done for each, in one go."""
+
+    def __init__(self) -> None:
+        self._all: set[Connection] = set()
+        self._full: list[Connection] = []
+        self._more = trio.Event()
+        self._look_at = math.inf
+        self._sooner = trio.Event()
+
+    @contextlib.contextmanager
+    def with_this(self, connection: Connection) -> Iterator[None]:
+        self._all.add(connection)
+        try:
+            yield
+        finally:
+            self._all.remove(connection)
+
+    def post(self, connection: Connection) -> None:
+        """Something is queued there."""
+        self._full.append(connection)
+        self._more.set()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_overdue)
+            while True:
+                await self._more.wait()
+                self._more = trio.Event()
+                full, self._full = self._full, []
+                for connection in full:
+                    connection.flush()
+
+    def watch(self, by: float) -> None:
+        """One of them must have said something by then: look at it in time."""
+        if by < self._look_at:
+            self._look_at = by
+            self._sooner.set()
+
+    async def _end_overdue(self) -> None:
+        """Hang up on peers that keep us waiting."""
+        while True:
+            self._look_at = min((connection.due for connection in self._all), default=math.inf)
+            self._sooner = trio.Event()
+            with trio.move_on_at(self._look_at):
+                await self._sooner.wait()
+            for connection in list(self._all):
+                if connection.due <= trio.current_time():
+                    connection.time_out()
+
+
 class Connection:
     """State of one connection. `dispatch` answers requests, at once or in a task of `nursery`."""
 
     def __init__(
-        self, sock: trio.socket.SocketType, peer: Peer, who: Who, guest: Guest, dispatch: Dispatch
+        self,
+        sock: trio.socket.SocketType,
+        peer: Peer,
+        who: Who,
+        guest: Guest,
+        dispatch: Dispatch,
+        everybody: Connections,
     ) -> None:
         self.peer = peer
         self.who = who
         self.guest = guest
         self.nursery: trio.Nursery | None = None
+        self.leaving = False  # the nursery takes no more tasks; on_close is called soon
         self.on_close: list[Callable[[], None]] = []
-        self.owes_by = math.inf  # when the peer must have sent the next piece of an input
         self._sock = sock
         self._dispatch = dispatch
+        self._everybody = everybody
+        self._owes_by = math.inf
+        self._frames = Frames()
+        self._greeted = False
+        self._begun_at = trio.current_time()  # of the frame that is coming in
+        self._reads_since = math.inf  # since when the peer is waited for; inf: it is not
+        self._gone = ""  # why it was given up
         self._open: set[int] = set()  # ids of requests without their final reply
         self._out: deque[tuple[bytes, int]] = deque()  # frame, descriptor or -1
         self._out_bytes = 0
-        self._more = trio.Event()
+        self._posted = False  # what is queued will be flushed
+        self._slow = False  # the peer did not take all at once: _write has what is queued
+        self._stuck = trio.Event()
         self._drained = trio.Event()
         self._closed = False
 
@@ -81,7 +150,9 @@ class Connection:
         frame = protocol.frame(reply)
         self._out.append((frame, fd))
         self._out_bytes += len(frame) + (DESCRIPTOR_BYTES if fd >= 0 else 0)
-        self._more.set()
+        if not self._posted and not self._slow:
+            self._posted = True
+            self._everybody.post(self)
 
     def finish(self, reply: AnyReply, fd: int = -1) -> None:
         """Queue the final reply of a request."""
@@ -114,40 +185,33 @@ class Connection:
     async def run(self, welcome: Callable[[protocol.Hello], protocol.Welcome | protocol.Error]) -> None:
         """Serve until the peer hangs up or misbehaves."""
         try:
-            async with trio.open_nursery() as nursery:
-                self.nursery = nursery
-                nursery.start_soon(self._write)
-                try:
-                    await self._read(welcome)
-                finally:
-                    nursery.cancel_scope.cancel()
-        except* (Gone, protocol.FrameError, OSError, trio.BrokenResourceError) as group:
-            log.debug("connection of uid %d ended: %s", self.peer.uid, _causes(group)[:MESSAGE_CHARS_MAX])
+            with self._everybody.with_this(self):
+                async with trio.open_nursery() as nursery:
+                    self.nursery = nursery
+                    nursery.start_soon(self._write)
+                    try:
+                        await self._read(welcome)
+                    finally:
+                        self.leaving = True
+                        nursery.cancel_scope.cancel()
+        except* (Gone, protocol.FrameError, OSError, trio.ClosedResourceError) as group:
+            why = self._gone or _causes(group)
+            log.debug("connection of uid %d ended: %s", self.peer.uid, why[:MESSAGE_CHARS_MAX])
         except* Exception:
             log.exception("a request of uid %d failed", self.peer.uid)
         finally:
             self._close()
 
     async def _read(self, welcome: Callable[[protocol.Hello], protocol.Welcome | protocol.Error]) -> None:
-        frames, greeted, begun_at, served = Frames(), False, trio.current_time(), 0
-        while True:
-            deadline = self._deadline(greeted, frames.partial, begun_at)
-            data = b""
-            with trio.move_on_at(deadline) as waited:
-                data = await self._sock.recv(READ_BYTES)
-            if waited.cancelled_caught:
-                if greeted and not frames.partial and self.busy and trio.current_time() < self.owes_by:
-                    continue  # it waits for us, not we for it
-                raise await self._late("it said nothing in time" if greeted else "no first frame in time")
-            if not data:
-                return
-            if not frames.partial:
-                begun_at = trio.current_time()
+        served = 0
+        while data := await self._receive():
+            if not self._frames.partial:
+                self._begun_at = trio.current_time()
             try:
-                for body in frames.feed(data):
-                    begun_at = trio.current_time()
+                for body in self._frames.feed(data):
+                    self._begun_at = trio.current_time()
                     request = protocol.decode_request(body)
-                    if greeted:
+                    if self._greeted:
                         await self.room()
                         await self._serve(request)
                         served += 1
@@ -155,15 +219,62 @@ class Connection:
                             await trio.lowlevel.checkpoint()
                     else:
                         self._greet(request, welcome)
-                        greeted = True
+                        self._greeted = True
             except protocol.FrameError as error:
                 await self._last_word(str(error))
                 raise
 
-    def _deadline(self, greeted: bool, partial: bool, begun_at: float) -> float:
-        if not greeted:
-            return begun_at + FIRST_FRAME_S
-        return begun_at + FRAME_S if partial else min(trio.current_time() + IDLE_S, self.owes_by)
+    async def _receive(self) -> bytes:
+        """What the peer sent; nothing at its end, and no longer than it is due."""
+        self._reads_since = trio.current_time()
+        self._everybody.watch(self.due)
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                data = os.read(self._sock.fileno(), READ_BYTES)
+            except BlockingIOError:
+                continue
+            self._reads_since = math.inf
+            return data
+
+    @property
+    def due(self) -> float:
+        """When the peer has kept us waiting for too long."""
+        if self._reads_since == math.inf:
+            return math.inf
+        if not self._greeted:
+            return self._begun_at + FIRST_FRAME_S
+        return (
+            self._begun_at + FRAME_S
+            if self._frames.partial
+            else min(self._reads_since + IDLE_S, self._owes_by)
+        )
+
+    @property
+    def owes_by(self) -> float:
+        """When the peer must have sent the next piece of an input."""
+        return self._owes_by
+
+    @owes_by.setter
+    def owes_by(self, by: float) -> None:
+        self._owes_by = by
+        self._everybody.watch(self.due)
+
+    def time_out(self) -> None:
+        """Give the peer up; but with a request open, it waits for us, not we for it."""
+        now = trio.current_time()
+        if self._greeted and not self._frames.partial and self.busy and now < self._owes_by:
+            self._reads_since = now
+        else:
+            self._give_up("it said nothing in time" if self._greeted else "no first frame in time")
+
+    def _give_up(self, why: str) -> None:
+        """Say why, if the peer takes it at once, and hang up: whoever reads or writes finds the socket closed."""
+        self.send(_error(0, ErrorCode.TIMED_OUT, why))
+        self.flush()
+        self._gone = why
+        self._reads_since = math.inf
+        self._sock.close()
 
     def _greet(
         self, request: AnyRequest, welcome: Callable[[protocol.Hello], protocol.Welcome | protocol.Error]
@@ -198,27 +309,44 @@ class Connection:
         if pending is not None:
             await pending
 
-    async def _late(self, message: str) -> Gone:
-        await self._last_word(message, ErrorCode.TIMED_OUT)
-        return Gone(message)
-
-    async def _last_word(self, message: str, code: ErrorCode = ErrorCode.BAD_REQUEST) -> None:
+    async def _last_word(self, message: str) -> None:
         """Say why before hanging up; a peer that does not listen is not waited for."""
-        self.send(_error(0, code, message))
+        self.send(_error(0, ErrorCode.BAD_REQUEST, message))
         with trio.move_on_after(1.0):
             while self._out_bytes:
                 await self._next_drained()
 
+    def flush(self) -> None:
+        """Write what is queued, as far as the peer takes it at once; the rest, and descriptors, are for `_write`."""
+        self._posted = False
+        while self._out and not self._slow and not self._closed:
+            frame, fd = self._take()
+            sent = 0 if fd >= 0 else self._send_now(frame)
+            self._out_bytes -= sent
+            self._drained.set()
+            if sent < len(frame):
+                self._out.appendleft((frame[sent:], fd))
+                self._slow = True
+                self._stuck.set()
+
+    def _send_now(self, frame: bytes) -> int:
+        """Bytes the peer took; none where it is gone, too: _write finds that out again, and says it."""
+        try:
+            return os.write(self._sock.fileno(), frame)
+        except OSError:
+            return 0
+
     async def _write(self) -> None:
         while True:
-            if not self._out:
-                self._more = trio.Event()
-                await self._more.wait()
-            frame, fd = self._take()
-            weight = len(frame) + (DESCRIPTOR_BYTES if fd >= 0 else 0)
-            await self._send_all(frame, fd)
-            self._out_bytes -= weight
-            self._drained.set()
+            await self._stuck.wait()
+            self._stuck = trio.Event()
+            while self._out:
+                frame, fd = self._take()
+                weight = len(frame) + (DESCRIPTOR_BYTES if fd >= 0 else 0)
+                await self._send_all(frame, fd)
+                self._out_bytes -= weight
+                self._drained.set()
+            self._slow = False
 
     async def _send_all(self, frame: bytes, fd: int) -> None:
         """Raises: Gone where the peer takes less than PIECE_BYTES in WRITE_S: one byte now and then is not enough."""
@@ -248,8 +376,10 @@ class Connection:
             return await self._sock.send(frame)
         try:
             # One at a time: descriptors on their way count against the daemon's user, all peers together.
-            while _untaken(self._sock):  # noqa: ASYNC110  # the kernel tells nobody when the peer has received
-                await trio.sleep(TAKEN_LOOK_S)
+            look_s = TAKEN_LOOK_S
+            while _untaken(self._sock):  # the kernel tells nobody when the peer has received
+                await trio.sleep(look_s)
+                look_s = min(2 * look_s, 1.0)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
             return await self._sock.sendmsg([frame], rights)
         finally:

@@ -36,7 +36,7 @@ from gpujobd.access import Directory
 from gpujobd.config import Config, ConfigError
 from gpujobd.core import inputs, snapshot
 from gpujobd.core.apply import apply
-from gpujobd.core.events import decode
+from gpujobd.core.events import AnyEvent, Checkpointed, ReservationReleased, Reserved, Submitted, decode
 from gpujobd.core.model import Job, State
 from gpujobd.feed import Feed
 from gpujobd.janitor import Janitor
@@ -65,6 +65,8 @@ PASSING: Final = frozenset(
 LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
 STUCK_S: Final = 20.0
 STATUS_S: Final = 1.0
+OF_NO_WORKER: Final = (Submitted, Reserved, ReservationReleased, Checkpointed)
+"""The events that come by the thousand; no worker has to do anything about them."""
 
 
 class StartError(Exception):
@@ -141,8 +143,12 @@ class Daemon:
             self._server.follow,
             self._janitor.follow,
             lambda facts: report.facts(self._turns.state, facts),
-            lambda _: self._supervisor.poke(),
+            self._poke,
         ]
+
+    def _poke(self, facts: list[tuple[int, AnyEvent]]) -> None:
+        if not all(isinstance(event, OF_NO_WORKER) for _, event in facts):
+            self._supervisor.poke()
 
     def _add(self, records: list[bytes]) -> int:
         return self._writer.add(records)

@@ -28,6 +28,7 @@ from gpujobd.core.events import (
     Leased,
     LeaseLost,
     Paused,
+    Submitted,
 )
 from gpujobd.core.model import FINAL, S_NS, Job, State
 
@@ -94,7 +95,8 @@ def set_up(style: str, *, verbose: bool) -> None:
 def facts(state: State, committed: list[tuple[int, AnyEvent]]) -> None:
     """Log what an operator wants to read of these events; called after they were applied."""
     for _, event in committed:
-        _fact(state, event)
+        if not isinstance(event, Submitted):  # these come by the thousand
+            _fact(state, event)
 
 
 def _fact(state: State, event: AnyEvent) -> None:

@@ -147,7 +147,7 @@ class Submissions:
         elif reserved is None:  # refused; or said before, and the answer was lost
             self._forget(c, request_id)
             self._accepted(c, request_id, upload.submission, outcome)
-        else:
+        elif not c.leaving:  # else _hung_up will give it back
             assert c.nursery is not None
             c.nursery.start_soon(self._begin, c, request_id, upload)
 

@@ -105,18 +105,25 @@ class Turns:
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick)
+            while True:
+                await self._wake.wait()  # lets others have the loop, also where it is set already
+                self._wake = trio.Event()
+                try:
+                    self.turn(time.time_ns())
+                except JournalDead as dead:
+                    self.die(dead)
+                    await trio.sleep_forever()  # the writer ends the process
+                self.turned_at = trio.current_time()
+                if self._inbox:
+                    self._wake.set()
+
+    async def _tick(self) -> None:
+        """Time passes; one timer, not one for every turn."""
         while True:
-            if not self._inbox:
-                with trio.move_on_after(TICK_S):
-                    await self._wake.wait()
-            self._wake = trio.Event()
-            try:
-                self.turn(time.time_ns())
-            except JournalDead as dead:
-                self.die(dead)
-                await trio.sleep_forever()  # the writer ends the process
-            self.turned_at = trio.current_time()
-            await trio.lowlevel.checkpoint()
+            self._wake.set()
+            await trio.sleep(TICK_S)
 
     def turn(self, now_ns: int) -> None:
         """Carry the inputs that wait, and what is due by now, through to quiet."""

@@ -16,6 +16,7 @@ import trio
 
 from gpujobd import frames
 from gpujobd.journal import Journal, JournalDead
+from gpujobd.thread import OwnThread
 
 WATERMARK_AFTER_S: Final = 0.04  # leaves ten milliseconds for its sync
 SPARES_RETRY_S: Final = 1.0
@@ -37,7 +38,7 @@ class Writer:
         self._wake = trio.Event()
         self._moved = trio.Event()
         self._spares_wanted = trio.Event()
-        self._one_thread = trio.CapacityLimiter(1)
+        self._thread = OwnThread("journal")
         self._spares_thread = trio.CapacityLimiter(1)
 
     def add(self, records: list[bytes]) -> int:
@@ -75,10 +76,11 @@ class Writer:
         """
         if self._journal.spares_missing:
             self._spares_wanted.set()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._prepare_spares)
-            died = await self._commit_until_dead()
-            nursery.cancel_scope.cancel()
+        with self._thread.running():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._prepare_spares)
+                died = await self._commit_until_dead()
+                nursery.cancel_scope.cancel()
         raise died
 
     async def drain(self) -> None:
@@ -122,7 +124,7 @@ class Writer:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         self.sync_started_at = trio.current_time()
         try:
-            return await trio.to_thread.run_sync(call, limiter=self._one_thread)
+            return await self._thread.do(call)
         finally:
             self.sync_started_at = None
             if self._journal.spares_missing:
