@@ -26,7 +26,7 @@ from gpujobd import __version__, protocol, views
 from gpujobd.access import Directory, Peer, peer
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection, Connections
-from gpujobd.core import inputs, model
+from gpujobd.core import inputs, model, policy
 from gpujobd.core.admission import Refused
 from gpujobd.core.events import AnyEvent
 from gpujobd.core.inputs import AnyInput, Who
@@ -51,6 +51,7 @@ COMPLAIN_S: Final = 60.0  # about callers that were turned away: once in so long
 JOBS_A_PASS: Final = 16  # shown between two looks at who else wants the loop: about half a millisecond
 PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are their owners' choice
 LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
+SURVEY_KEPT_NS: Final = 100_000_000
 LOG_READ_BYTES: Final = 64 << 10
 
 NO_NAMES: Final = protocol.Error(
@@ -114,6 +115,10 @@ class Server:
             protocol.Tenants: self._tenants,
             protocol.Devices: self._devices,
         }
+
+        self._surveyed: tuple[int, int, policy.Survey] | None = (
+            None  # seq and time of the state that was looked at
+        )
 
     @property
     def _state(self) -> State:
@@ -270,8 +275,17 @@ class Server:
         return None
 
     def _view(self, job: model.Job) -> protocol.Job:
-        outlook = self._outlooks.of(job.job_id)
-        return views.job(self._state, self._turns.rules, job, time.time_ns(), self._directory.name, outlook)
+        reason = self._reason(job) if job.state is JobState.QUEUED else None
+        return views.job(self._state, job, reason, self._directory.name, self._outlooks.of(job.job_id))
+
+    def _reason(self, job: model.Job) -> tuple[model.Reason, str]:
+        """Why a job waits. One look at everybody who waits serves all jobs shown of the same state."""
+        seen = self._surveyed
+        if seen is None or seen[0] != self._state.seq or time.time_ns() - seen[1] > SURVEY_KEPT_NS:
+            now_ns = time.time_ns()
+            found = policy.survey(self._state, self._turns.rules, now_ns)
+            seen = self._surveyed = (self._state.seq, now_ns, found)
+        return policy.waiting_reason(self._state, self._turns.rules, job, seen[1], seen[2])
 
     def _ping(self, c: Connection, request: protocol.Ping) -> None:
         c.finish(protocol.Pong(id=request.id, program=f"gpujobd {__version__}", seq=self._state.seq))

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from gpujobd import protocol
 from gpujobd.config import Config
-from gpujobd.core import model, policy
+from gpujobd.core import model
 from gpujobd.core.events import AnyEvent, Submitted
 from gpujobd.core.forecast import Outlook
 from gpujobd.core.model import FINAL, S_NS, JobState, State
@@ -32,10 +32,10 @@ def _at(ns: int) -> dt.datetime:
 
 
 def job(
-    state: State, rules: model.Rules, j: model.Job, now_ns: int, names: Names, outlook: Outlook | None
+    state: State, j: model.Job, waits: tuple[model.Reason, str] | None, names: Names, outlook: Outlook | None
 ) -> protocol.Job:
-    """One job, as its people see it."""
-    reason, detail = _reason(state, rules, j, now_ns)
+    """One job, as its people see it. `waits`: why a queued one does."""
+    reason, detail = waits or (j.reason, j.reason_detail)
     lease = state.devices[j.device].lease if j.state is JobState.RUNNING else None
     yielding = lease.yield_why if lease is not None else None
     return protocol.Job(
@@ -49,7 +49,7 @@ def job(
         submitted_at=_at(j.submitted_ns),
         name=j.name or UNSET,
         params=j.params or UNSET,
-        reason=reason or UNSET,
+        reason=reason.value if reason else UNSET,
         reason_detail=detail or UNSET,
         yielding=yielding.value if yielding else UNSET,
         position=outlook.position if outlook and j.state is JobState.QUEUED and outlook.position else UNSET,
@@ -66,15 +66,6 @@ def job(
         gpu_s=round(j.used_ns / S_NS, 3) if j.used_ns else UNSET,
         timings=_timings(j),
     )
-
-
-def _reason(state: State, rules: model.Rules, j: model.Job, now_ns: int) -> tuple[str, str]:
-    if j.state is JobState.QUEUED:
-        reason, detail = policy.waiting_reason(state, rules, j, now_ns)
-        return reason.value, detail
-    if j.state is JobState.PAUSED or j.state in FINAL:
-        return (j.reason or ""), j.reason_detail
-    return "", ""
 
 
 def forecast(outlook: Outlook | None) -> protocol.Forecast | UnsetType:
