@@ -37,7 +37,6 @@ STRENGTH: Final[dict[YieldWhy | None, int]] = {
     None: 0,
     YieldWhy.TURN_OVER: 1,
     YieldWhy.PRIORITY: 1,
-    YieldWhy.QUEUE_STOPPED: 1,
     YieldWhy.STOPPING: 2,
     YieldWhy.DEADLINE: 3,
     YieldWhy.PAUSE: 4,

@@ -419,7 +419,7 @@ def _asked(job: Job, lease: Lease, now_ns: int) -> Events:
             return [paused(job, by, message, now_ns)]
         case YieldWhy.STOPPING:
             return [events.Paused(at_ns=now_ns, job_id=job.job_id, reason=Reason.DAEMON_STOPPING)]
-        case YieldWhy.TURN_OVER | YieldWhy.PRIORITY | YieldWhy.QUEUE_STOPPED | None:
+        case YieldWhy.TURN_OVER | YieldWhy.PRIORITY | None:
             return []
 
 

@@ -97,7 +97,6 @@ class YieldWhy(enum.StrEnum):
 
     TURN_OVER = "turn_over"  # back to queued
     PRIORITY = "priority"  # back to queued
-    QUEUE_STOPPED = "queue_stopped"  # back to queued
     PAUSE = "pause"  # paused: HeldByOwner or HeldByAdmin
     CANCEL = "cancel"  # cancelled
     DEADLINE = "deadline"  # expired
