@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import math
 import os
@@ -65,6 +66,9 @@ PASSING: Final = frozenset(
 LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
 STUCK_S: Final = 20.0
 STATUS_S: Final = 1.0
+COLLECTIONS: Final = (20_000, 20, 20)
+"""Thresholds of the garbage collector. What stays for long (jobs, events) cannot be in a cycle, and little else is
+made in a burst of submissions: with Python's 700 it took a tenth of the time, and pauses of 70 ms were seen."""
 OF_NO_WORKER: Final = (Submitted, Reserved, ReservationReleased, Checkpointed)
 """The events that come by the thousand; no worker has to do anything about them."""
 
@@ -110,7 +114,7 @@ class Daemon:
         self._notifier = Notifier()
         self._journal = journal
         head = replay(recovered)
-        state = snapshot.load(list(snapshot.chunks(head)))
+        state = snapshot.clone(head)
         self._turns = Turns(head, state, cfg.rules(), self._add)
         self._writer = Writer(journal, self._turns.committed)
         self._spool = Spool(state_dir(options) / "spool")
@@ -412,6 +416,7 @@ def serve(options: Options) -> int:
 
 def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     status = 0
+    gc.disable()  # replay makes no garbage that needs a collector, and millions of things for it to walk
     try:
         recovered = journal.open()
         daemon = Daemon(options, cfg, journal, recovered)
@@ -423,6 +428,10 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     except JournalDead as dead:
         log.critical("the journal cannot be opened: %s", dead)
         return EX_TEMPFAIL
+    del recovered
+    gc.freeze()
+    gc.set_threshold(*COLLECTIONS)
+    gc.enable()
     try:
         trio.run(_run, daemon)
     except* JournalDead as dead:

@@ -26,7 +26,7 @@ log = logging.getLogger("gpujobd.janitor")
 
 LOOK_S: Final = 5.0
 RETAIN_S: Final = 60.0
-SNAPSHOT_EVENTS: Final = 200_000  # replayed at start-up at most: about a second
+SNAPSHOT_EVENTS: Final = 100_000  # replayed at start-up at most: about a second
 SNAPSHOT_BYTES: Final = 64 << 20
 SPILL_BATCH: Final = 64
 LEASE_ROOM_BYTES: Final = 16 << 20  # under this much free space running work stops too

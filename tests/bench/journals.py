@@ -47,7 +47,7 @@ def of_a_busy_host(folder: Path, count: int) -> str:
             journal.append(gathered)
             gathered = []
             # The daemon was killed just before the last one would have been written.
-            if seq <= count - SNAPSHOT_EVENTS and _snapshot_is_due(journal, seq, snapshot_seq):
+            if count - seq > SNAPSHOT_EVENTS // 2 and _snapshot_is_due(journal, seq, snapshot_seq):
                 journal.write_snapshot(seq, snapshot.chunks(state))
                 journal.drop_segments(seq, Limits().events_bytes_max)
                 snapshot_seq = seq
