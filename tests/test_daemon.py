@@ -242,6 +242,7 @@ def test_systemd_is_told_ready_status_watchdog_and_stopping(tmp_path, systemd, m
         assert any(message.startswith("EXTEND_TIMEOUT_USEC=") for message in ending)
 
 
+@pytest.mark.slow
 def test_a_systemd_that_does_not_read_costs_nothing(tmp_path, systemd):
     systemd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     with hosted(tmp_path / "host", count=fake(COUNT)) as host:

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 
+import pytest
 from gpujobd import protocol
 from harness import Host, fake, until
 
@@ -43,6 +44,7 @@ class Small(Host):
         return sorted(path.name for path in (self.folder / "state" / "journal").glob("seg-*"))
 
 
+@pytest.mark.slow
 def test_old_segments_go_when_their_inputs_are_in_the_spool_and_a_late_follower_is_told_of_the_gap(tmp_path):
     with Small(tmp_path / "host", CONFIG, {"count": fake("toys:Count")}) as host:
         with host.client() as client:
