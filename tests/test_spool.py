@@ -76,29 +76,47 @@ def test_a_mismatch_says_what_differs(wrong, words):
 
 def test_a_stream_becomes_the_input_of_its_job(spool):
     stream(spool, 5, b"{}\n" * 100)
-    folder = spool.prepare(1, 5, None)
+    spool.prepare(1, 5)
+    folder = spool.path(1)
     assert (folder / "input.jsonl").read_bytes() == b"{}\n" * 100
     assert os.listdir(spool.root / "incoming") == []
     assert os.stat(folder).st_mode & 0o777 == 0o700
 
 
 def test_preparing_again_changes_nothing(spool):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    stream(spool, 5, b"{}\n")
+    spool.prepare(1, 5)
     put(spool, 1, "results.jsonl", b"result")
     for again in (spool, Spool(spool.root)):
-        again.prepare(1, 0, lambda: b"other\n")
-        again.prepare(1, 9, None)
+        again.prepare(1, 5)
         assert (spool.path(1) / "input.jsonl").read_bytes() == b"{}\n"
         assert (spool.path(1) / "results.jsonl").read_bytes() == b"result"
 
 
+def test_an_input_from_the_journal_is_written_once_a_run_and_anew_in_the_next(spool):
+    spool.place(1, lambda: b"torn")
+    spool.place(1, lambda: b"not asked for")
+    assert (spool.path(1) / "input.jsonl").read_bytes() == b"torn"
+    later = Spool(spool.root)  # after a power cut, say: nothing had synced it
+    later.place(1, lambda: b"{}\n")
+    later.settle(1)
+    assert (spool.path(1) / "input.jsonl").read_bytes() == b"{}\n"
+
+
+def test_an_input_from_the_journal_is_synced_before_the_journal_lets_go_of_it(spool, syncs):
+    spool.place(1, lambda: b"{}\n")
+    assert syncs == []
+    spool.settle(1)
+    assert syncs == [str(spool.path(1) / "input.jsonl"), str(spool.path(1)), str(spool.root / "jobs")]
+
+
 def test_an_input_that_is_nowhere_is_said_so(spool):
     with pytest.raises(FileNotFoundError):
-        spool.prepare(1, 77, None)
+        spool.prepare(1, 77)
 
 
 def test_a_crash_between_the_two_names_of_a_retry_is_made_good(spool, monkeypatch):
-    spool.prepare(1, 0, lambda: b'{"n":1}\n{"n":2}\n')
+    spool.place(1, lambda: b'{"n":1}\n{"n":2}\n')
     spool.select(Choice(job_id=1, failed_only=False, results_bytes=0, errors_bytes=0), 8)
     real = os.rename
 
@@ -109,29 +127,36 @@ def test_a_crash_between_the_two_names_of_a_retry_is_made_good(spool, monkeypatc
 
     monkeypatch.setattr(os, "rename", crash)
     with pytest.raises(KeyboardInterrupt):
-        spool.prepare(2, 8, None)
+        spool.prepare(2, 8)
     monkeypatch.undo()
     assert sorted(os.listdir(spool.path(2))) == ["lines"]
     again = Spool(spool.root)
     assert again.sweep({1, 2}, {8}) == 0
-    again.prepare(2, 8, None)
+    again.prepare(2, 8)
     assert (spool.path(2) / "lines").read_bytes() == b"1\n2\n"
     assert (spool.path(2) / "input.jsonl").read_bytes() == b'{"n":1}\n{"n":2}\n'
 
 
-def test_what_an_earlier_run_made_is_synced_before_it_is_relied_on(spool, monkeypatch):
-    spool.prepare(1, 0, lambda: b"{}\n")
+@pytest.fixture
+def syncs(spool, monkeypatch):
+    """The names of what is synced, in order."""
     synced = []
     real = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1]
     )
+    return synced
+
+
+def test_what_an_earlier_run_made_is_synced_before_it_is_relied_on(spool, syncs):
+    stream(spool, 5, b"{}\n")
+    spool.prepare(1, 5)
     later = Spool(spool.root)
-    synced.clear()
-    later.prepare(1, 0, lambda: b"{}\n")
-    assert synced == [str(spool.path(1)), str(spool.root / "jobs")]
-    later.prepare(1, 0, lambda: b"{}\n")
-    assert len(synced) == 2
+    syncs.clear()
+    later.prepare(1, 5)
+    assert syncs == [str(spool.path(1)), str(spool.root / "jobs")]
+    later.prepare(1, 5)
+    assert len(syncs) == 2
 
 
 @pytest.mark.parametrize(
@@ -145,7 +170,7 @@ def test_a_link_planted_in_a_jobs_folder_is_not_followed(spool, tmp_path, name):
     (folder / name).symlink_to(secret)
 
     def all_ways():
-        spool.prepare(1, 0, lambda: b"{}\n")
+        spool.place(1, lambda: b"{}\n")
         fd = spool.open_output(1, errors=name == "errors.jsonl")
         try:
             yield os.pread(fd, 100, 0)
@@ -175,7 +200,7 @@ def test_a_link_in_place_of_a_jobs_folder_is_not_followed(spool, tmp_path):
     with pytest.raises(OSError):
         spool.open_output(1, errors=False)
     with pytest.raises(OSError):
-        spool.prepare(1, 0, lambda: b"{}\n")
+        spool.place(1, lambda: b"{}\n")
     spool.remove(1)
     assert not spool.path(1).is_symlink()
     assert (elsewhere / "results.jsonl").read_bytes() == b"secret"
@@ -200,7 +225,7 @@ def test_output_and_log_that_are_not_there_yet_are_empty(spool):
 
 
 def test_an_output_cannot_be_written_through_its_descriptor(spool):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    spool.place(1, lambda: b"{}\n")
     put(spool, 1, "results.jsonl", b"result")
     fd = spool.open_output(1, errors=False)
     with pytest.raises(OSError):
@@ -216,7 +241,7 @@ def test_sweeping_takes_what_nobody_owns_and_nothing_else(spool, tmp_path):
     outside.mkdir()
     (outside / "file").write_text("safe")
     for job_id in (1, 2):
-        spool.prepare(job_id, 0, lambda: b"{}\n")
+        spool.place(job_id, lambda: b"{}\n")
     for reservation in (5, 6):
         stream(spool, reservation, b"{}\n")
     (spool.root / "incoming" / "5.lines").write_text("1\n")
@@ -232,7 +257,7 @@ def test_sweeping_takes_what_nobody_owns_and_nothing_else(spool, tmp_path):
 
 
 def test_a_name_that_cannot_be_swept_does_not_stop_the_start(spool, monkeypatch, caplog):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    spool.place(1, lambda: b"{}\n")
     monkeypatch.setattr(
         module, "_delete", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted"))
     )
@@ -241,7 +266,7 @@ def test_a_name_that_cannot_be_swept_does_not_stop_the_start(spool, monkeypatch,
 
 
 def test_removing_twice_is_removing_once(spool):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    spool.place(1, lambda: b"{}\n")
     spool.remove(1)
     spool.remove(1)
     assert not spool.path(1).exists()
@@ -262,14 +287,14 @@ def retried(spool, old, new, *, failed_only, results=b"", errors=b""):
     choice = Choice(job_id=old, failed_only=failed_only, results_bytes=len(results), errors_bytes=len(errors))
     tally = spool.weigh(choice)
     spool.select(choice, 100 + new)
-    spool.prepare(new, 100 + new, None)
+    spool.prepare(new, 100 + new)
     data = (spool.path(new) / "input.jsonl").read_bytes()
     assert measure(data) == (tally.items, tally.longest, tally.sha256)
     return data.splitlines(), [int(n) for n in (spool.path(new) / "lines").read_bytes().split()]
 
 
 def test_a_retry_of_a_retry_keeps_the_numbers_of_the_first_job(spool):
-    spool.prepare(1, 0, lambda: b"".join(b'{"n": %d}\n' % n for n in range(1, 11)))
+    spool.place(1, lambda: b"".join(b'{"n": %d}\n' % n for n in range(1, 11)))
     lines, numbers = retried(
         spool, 1, 2, failed_only=True, results=record(1), errors=record(3) + record(7) + record(9)
     )
@@ -279,21 +304,21 @@ def test_a_retry_of_a_retry_keeps_the_numbers_of_the_first_job(spool):
 
 
 def test_records_beyond_the_checkpoint_do_not_count(spool):
-    spool.prepare(1, 0, lambda: b"{}\n{}\n")
+    spool.place(1, lambda: b"{}\n{}\n")
     put(spool, 1, "results.jsonl", record(1) + record(2))
     choice = Choice(job_id=1, failed_only=False, results_bytes=len(record(1)), errors_bytes=0)
     assert spool.weigh(choice).items == 1
 
 
 def test_a_damaged_output_is_said_to_be_one(spool):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    spool.place(1, lambda: b"{}\n")
     put(spool, 1, "results.jsonl", b"\0\0\0\0\n")
     with pytest.raises(InputMismatch, match="job 1 are damaged"):
         spool.weigh(Choice(job_id=1, failed_only=False, results_bytes=5, errors_bytes=0))
 
 
 def test_a_selection_that_fails_leaves_no_descriptor_open(spool, monkeypatch):
-    spool.prepare(1, 0, lambda: b"{}\n")
+    spool.place(1, lambda: b"{}\n")
     before = len(os.listdir("/proc/self/fd"))
 
     def full(*_):

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from typing import Final
 
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -32,6 +33,16 @@ SPILL_BATCH: Final = 64
 LEASE_ROOM_BYTES: Final = 16 << 20  # under this much free space running work stops too
 
 
+class Placed(msgspec.Struct, frozen=True):
+    """The input of this job lies in the spool and is not synced; the journal still holds it."""
+
+    job_id: int
+
+
+Chore = Placed | Submitted | Removed | ReservationReleased
+"""What left something to do with files."""
+
+
 class Janitor:
     """Keeps journal, spool and disk in bounds."""
 
@@ -41,7 +52,7 @@ class Janitor:
         self._spool = spool
         self._config = config
         self._snapshot_seq = turns.state.seq
-        self._chores: deque[AnyEvent] = deque()  # events that left something to do with files
+        self._chores: deque[Chore] = deque()
         self._more = trio.Event()
         self._adopting = trio.CapacityLimiter(1)
 
@@ -66,7 +77,7 @@ class Janitor:
             nursery.start_soon(self._look)
 
     async def prepare(self, job: Job) -> None:
-        """Make the job's directory with its input in it, synced.
+        """Make the job's directory with its input in it.
 
         Raises:
             FileNotFoundError, OSError: it cannot be made.
@@ -74,40 +85,45 @@ class Janitor:
         inline_seq, reservation_id = job.inline_seq, job.reservation_id
 
         def make() -> None:
-            def read() -> bytes:
-                return inline_input(self._journal, inline_seq)
-
-            self._spool.prepare(job.job_id, reservation_id, read if inline_seq else None)
+            if inline_seq:
+                self._spool.place(job.job_id, lambda: inline_input(self._journal, inline_seq))
+            else:
+                self._spool.prepare(job.job_id, reservation_id)
 
         await trio.to_thread.run_sync(make, limiter=self._adopting)
         if job.job_id not in self._turns.state.jobs:  # removed meanwhile, and its files made anew
             await trio.to_thread.run_sync(self._spool.remove, job.job_id)
         elif inline_seq:
-            self._turns.put(inputs.Spooled(job_ids=(job.job_id,)))
+            self._chores.append(Placed(job_id=job.job_id))
+            self._more.set()
 
     async def _do_chores(self) -> None:
         while True:
             if not self._chores:
                 self._more = trio.Event()
                 await self._more.wait()
-            event = self._chores.popleft()
+            chore = self._chores.popleft()
             try:
-                await self._do(event)
+                await self._do(chore)
             except OSError as error:
-                log.warning("files after %s: %s", type(event).__name__, error)
+                log.warning("files after %s: %s", type(chore).__name__, error)
 
-    async def _do(self, event: AnyEvent) -> None:
-        match event:
+    async def _do(self, chore: Chore) -> None:
+        match chore:
             case Submitted():
-                job = self._turns.state.jobs.get(event.job_id)
+                job = self._turns.state.jobs.get(chore.job_id)
                 if job is not None:
                     await self.prepare(job)
                 else:  # removed already
-                    await trio.to_thread.run_sync(self._spool.discard_incoming, event.reservation_id)
+                    await trio.to_thread.run_sync(self._spool.discard_incoming, chore.reservation_id)
+            case Placed():
+                if chore.job_id in self._turns.state.book.inline:
+                    await trio.to_thread.run_sync(self._spool.settle, chore.job_id)
+                    self._turns.put(inputs.Spooled(job_ids=(chore.job_id,)))
             case Removed():
-                await trio.to_thread.run_sync(self._spool.remove, event.job_id)
+                await trio.to_thread.run_sync(self._spool.remove, chore.job_id)
             case ReservationReleased():
-                await trio.to_thread.run_sync(self._spool.discard_incoming, event.reservation_id)
+                await trio.to_thread.run_sync(self._spool.discard_incoming, chore.reservation_id)
 
     async def _retain(self) -> None:
         while True:

@@ -146,7 +146,7 @@ class Spool:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
         self._incoming = os.open(root / "incoming", flags)
         self._jobs = os.open(root / "jobs", flags)
-        self._prepared: set[int] = set()  # jobs whose input this run has synced
+        self._ready: set[int] = set()  # jobs whose input this run has made or found whole
         os.fsync(self._incoming)
         os.fsync(self._jobs)
         _sync_folder(root)
@@ -163,29 +163,55 @@ class Spool:
     def path(self, job_id: int) -> Path:
         return self.root / "jobs" / str(job_id)
 
-    def prepare(self, job_id: int, reservation_id: int, inline: Callable[[], bytes] | None) -> Path:
-        """Make the job's directory with its input in it, synced; doing it again changes nothing.
+    def prepare(self, job_id: int, reservation_id: int) -> None:
+        """Make the job's directory with the input that was streamed in it, synced; doing it again changes nothing.
 
         Raises:
             FileNotFoundError: there is no input anywhere.
         """
+        with self._folder_of(job_id) as folder:
+            if job_id in self._ready and _exists(INPUT, folder):
+                return
+            if not _exists(INPUT, folder):
+                self._adopt(reservation_id, folder)
+            os.fsync(folder)  # also what a run before this one has made and perhaps not synced
+            os.fsync(self._jobs)
+            self._ready.add(job_id)
+
+    def place(self, job_id: int, inline: Callable[[], bytes]) -> None:
+        """The same for an input that the journal holds: not synced, so that a small job starts at once.
+
+        Until `settle`, the journal's copy is the one that counts: what an earlier run left here is written anew.
+        """
+        with self._folder_of(job_id) as folder:
+            if job_id not in self._ready or not _exists(INPUT, folder):
+                _write(folder, INPUT, inline(), sync=False)
+                self._ready.add(job_id)
+
+    def settle(self, job_id: int) -> None:
+        """Sync what `place` made; from now on the journal need not hold it. Raises: FileNotFoundError: it is gone."""
+        folder = self._open_job(job_id)
+        try:
+            fd = _open_read(INPUT, folder)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.fsync(folder)
+            os.fsync(self._jobs)
+        finally:
+            os.close(folder)
+
+    @contextlib.contextmanager
+    def _folder_of(self, job_id: int) -> Iterator[int]:
+        """The job's directory, made if it is not there."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(str(job_id), 0o700, dir_fd=self._jobs)
         folder = self._open_job(job_id)
         try:
-            if job_id in self._prepared and _exists(INPUT, folder):
-                return self.path(job_id)
-            if not _exists(INPUT, folder):
-                if inline is not None:
-                    _write_synced(folder, INPUT, inline())
-                else:
-                    self._adopt(reservation_id, folder)
-            os.fsync(folder)  # also what a run before this one has made and perhaps not synced
-            os.fsync(self._jobs)
-            self._prepared.add(job_id)
+            yield folder
         finally:
             os.close(folder)
-        return self.path(job_id)
 
     def _adopt(self, reservation_id: int, folder: int) -> None:
         """Move input and line numbers in; the input last, since its presence says that all is done."""
@@ -226,7 +252,7 @@ class Spool:
     def remove(self, job_id: int) -> None:
         """Delete all files of a job."""
         _delete(str(job_id), self._jobs)
-        self._prepared.discard(job_id)
+        self._ready.discard(job_id)
 
     def sweep(self, job_ids: Collection[int], reservation_ids: Collection[int]) -> int:
         """Delete what no job owns: left by a crash between a file and its record. Returns how many.
@@ -266,7 +292,7 @@ class Spool:
             for number, line in self._chosen(choice):
                 chosen.write(line + b"\n")
                 numbers += b"%d\n" % number
-            _write_synced(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
+            _write(self._incoming, f"{reservation_id}.{LINES}", bytes(numbers))
             chosen.settle()
         finally:
             chosen.close()
@@ -339,15 +365,16 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _write_synced(folder: int, name: str, data: bytes) -> None:
-    """Write, sync, rename, so that `name` is there whole or not at all. The caller syncs the folder."""
+def _write(folder: int, name: str, data: bytes, *, sync: bool = True) -> None:
+    """Write and rename, so that `name` is there whole or not at all. The caller syncs the folder."""
     part = f"{name}.part"
     fd = os.open(
         part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
     )
     try:
         _write_all(fd, data)
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
