@@ -36,12 +36,14 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(HANG_S)
         try:
-            self.sock.connect(str(path))
+            self.sock.connect(
+                str(path)
+            )  # before the timeout is set: with one, a full queue is an error, not a wait
         except OSError:
             self.sock.close()
             raise
+        self.sock.settimeout(HANG_S)
         self.frames = protocol.Frames()
         self.replies: list[protocol.AnyReply] = []
         self.fds: list[int] = []

@@ -299,8 +299,10 @@ def witness(host):
 
 def connect(host):
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(
+        str(host.socket)
+    )  # before the timeout is set: with one, a full queue is an error, not a wait
     sock.settimeout(HANG_S)
-    sock.connect(str(host.socket))
     return sock
 
 
