@@ -41,7 +41,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpujobd-bench-") as name:
         about = machine.describe(Path(name))
         print(about, file=sys.stderr if asked.markdown else sys.stdout, flush=True)
-        found = []
+        found, began = [], machine.cpu_times()
         for measurement in asked.names or MEASUREMENTS:
             folder = Path(name) / measurement
             folder.mkdir()
@@ -49,8 +49,11 @@ def main() -> int:
                 found.append(row)
                 if not asked.markdown:
                     print(rows.as_text(row), flush=True)
+        stolen = f"the host took {machine.stolen_percent(began):.0f} % of the CPU time meanwhile"
         if asked.markdown:
-            print(rows.as_markdown(found, about))
+            print(rows.as_markdown(found, f"{about}; {stolen}"))
+        else:
+            print(stolen)
     return 0
 
 

@@ -21,6 +21,18 @@ def describe(folder: Path) -> str:
     )
 
 
+def cpu_times() -> tuple[int, int]:
+    """Ticks since boot: all of them, and those in which the host of this virtual machine ran something else."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(ticks), ticks[7]
+
+
+def stolen_percent(before: tuple[int, int]) -> float:
+    """How much of the time since then was taken away; on hardware of one's own, 0."""
+    whole, stolen = cpu_times()
+    return 100 * (stolen - before[1]) / max(1, whole - before[0])
+
+
 def _cpu() -> str:
     names = [
         line.partition(":")[2].strip()
