@@ -173,7 +173,7 @@ class Daemon:
             nursery.start_soon(self._turns.run)
             nursery.start_soon(self._directory.learn, {job.owner for job in self._turns.state.jobs.values()})
             await self._turns.asked(inputs.Start(boot_id=self._boot_id, version=__version__, devices=devices))
-            nursery.start_soon(self._supervise)
+            nursery.start_soon(self._supervisor.run)
             nursery.start_soon(self._outlooks.run)
             nursery.start_soon(self._until_dead, self._janitor.run)
             nursery.start_soon(self._watchdog)
@@ -190,9 +190,6 @@ class Daemon:
         swept = self._spool.sweep(state.jobs.keys(), held)
         if swept:
             log.info("deleted %d files and folders that no job owns", swept)
-
-    async def _supervise(self) -> None:
-        await self._supervisor.run()
 
     # --- signals ------------------------------------------------------------------------------------------------
 
