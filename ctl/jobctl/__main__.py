@@ -151,8 +151,9 @@ def _end(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError as error:
-        sys.stderr.write(f"jobctl: cannot write: {error.strerror}\n")
-        code = code or Exit.FAILED
+        if not code:  # else it was told already: what could not be written is still in the buffer
+            sys.stderr.write(f"jobctl: cannot write: {error.strerror}\n")
+            code = Exit.FAILED
     sys.stderr.flush()
     os._exit(code)
 
