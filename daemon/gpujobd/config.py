@@ -46,7 +46,8 @@ class Limits(Section, frozen=True):
     """The door."""
 
     queued_jobs_max: Positive = 1000  # queued + running + paused
-    queued_jobs_per_uid_max: Positive = 1000
+    queued_jobs_per_uid_max: Positive = 500
+    """Half of the queue: one user alone must not be able to close the door to all others."""
     items_per_job_max: Positive = 50_000
     queued_items_max: Positive = 1_000_000
     input_bytes_max: Positive = 200_000_000

@@ -364,7 +364,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     input_bytes_max: int = 200_000_000
     item_bytes_max: int = 1_048_576
     spool_bytes_max: int = 50_000_000_000
-    jobs_per_uid_max: int = 1000  # queued, running and paused jobs of one uid
+    jobs_per_uid_max: int = 500  # queued, running and paused jobs of one uid
     final_days: int = 30
     outputs_bytes_max: int = 25_000_000_000
     slice_ns: int = 30 * S_NS
