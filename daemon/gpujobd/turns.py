@@ -46,7 +46,6 @@ class Turns:
         self.rules = rules
         self.followers: list[Follower] = []  # called with committed events, after they were applied
         self.turned_at = 0.0  # trio.current_time() of the last turn, for the watchdog
-        self.refused = 0
         self._add = add
         self._inbox: deque[tuple[AnyInput, Answer | None]] = deque()
         self._wake = trio.Event()
@@ -142,7 +141,6 @@ class Turns:
         try:
             events = decide(self.head, self.rules, given, now_ns)
         except Refused as refusal:
-            self.refused += 1
             if answer is not None:
                 answer(refusal)
             return
