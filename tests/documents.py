@@ -4,11 +4,19 @@
     ...made...
     <!-- end -->
 
+In a manual page the marks are roff comments, and the part is a list:
+
+    .\\" made: NAME
+    .It Cm WORD ...made...
+    What it means.
+    .\\" end
+
     python tests/documents.py              say which parts are not as the code has them
     python tests/documents.py --rewrite    make them anew
 
-Rule 1: of a table every cell but the last is made; the last, what it means, is people's, and is kept on a rewrite.
-Rule 2: a new row comes with an empty last cell, and a test refuses those: whoever adds a key explains it.
+Rule 1: of a table every cell but the last is made, of a list the line of each entry; what it means is people's, and is
+kept on a rewrite.
+Rule 2: a new row or entry comes without a meaning, and a test refuses those: whoever adds a key explains it.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ import msgspec
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PART: Final = re.compile(r"^<!-- made: ([a-z_ ]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+PART_OF_A_MANUAL: Final = re.compile(r'^\.\\" made: ([a-z_ ]+)\n(.*?)^\.\\" end$', re.MULTILINE | re.DOTALL)
 
 COLUMN_MAX: Final = 48  # a cell that is longer stands out of its column
 
@@ -35,12 +44,21 @@ Row = tuple[str, ...]
 
 
 def parts(text: str) -> dict[str, str]:
-    return {found[1]: found[2] for found in PART.finditer(text)}
+    found = PART_OF_A_MANUAL if is_manual(text) else PART
+    return {part[1]: part[2] for part in found.finditer(text)}
 
 
 def rewritten(text: str) -> str:
     """The document with every part as the code has it now."""
-    return PART.sub(lambda found: f"<!-- made: {found[1]} -->\n{make(found[1], found[2])}<!-- end -->", text)
+    if is_manual(text):
+        return PART_OF_A_MANUAL.sub(
+            lambda part: f'.\\" made: {part[1]}\n{make_list(part[1], part[2])}.\\" end', text
+        )
+    return PART.sub(lambda part: f"<!-- made: {part[1]} -->\n{make(part[1], part[2])}<!-- end -->", text)
+
+
+def is_manual(text: str) -> bool:
+    return text.startswith(".")
 
 
 def make(name: str, before: str) -> str:
@@ -73,6 +91,23 @@ def explained(before: str) -> dict[str, str]:
         if len(cells) > 1:
             found[cells[0]] = cells[-1]
     return found
+
+
+def make_list(name: str, before: str) -> str:
+    """The part of this name in a manual page; `before` is where the explanations are taken from."""
+    meanings = entries(before)
+    return "".join(f".It {line}\n{meanings.get(_word_of(line), '')}" for line in LISTS[name]())
+
+
+def entries(before: str) -> dict[str, str]:
+    """The word of every entry of a list to what it means."""
+    found = re.findall(r"^\.It (.*)\n((?:(?!\.It ).*\n)*)", before, re.MULTILINE)
+    return {_word_of(line): meaning for line, meaning in found}
+
+
+def _word_of(line: str) -> str:
+    """Of `Cm WORD ...`."""
+    return line.split(" ")[1]
 
 
 # --- what they are made from --------------------------------------------------------------------------------------
@@ -304,6 +339,89 @@ def _toml(field: msgspec.structs.FieldInfo) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:_}"
 
 
+def configuration_list() -> Iterator[str]:
+    from gpujobd import config
+
+    yield from _key_lines(config.File, "")
+    yield from _key_lines(config.TenantSection, "tenants.NAME.")
+
+
+def handler_list() -> Iterator[str]:
+    from gpujobd import config
+
+    yield from _key_lines(config.Handler, "")
+    yield from _key_lines(config.ParamSection, "job_params.NAME.")
+
+
+def _key_lines(section: type, prefix: str) -> Iterator[str]:
+    """`Va KEY = DEFAULT (type, bounds)`, as the file would have it."""
+    for field in msgspec.structs.fields(section):
+        kind, key = field.type, f"{prefix}{field.name}"
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            yield from _key_lines(kind, f"{key}.")
+        elif typing.get_origin(kind) is not dict or typing.get_args(kind)[1] is Any:
+            default, words = _toml(field), toml_type(kind)
+            if default in ("-", "(must be set)"):
+                note = "not set" if default == "-" else "must be set"
+                yield f"Va {key} Pq {words}; {note}"
+            else:
+                quoted = default.replace('"', r"\(dq")
+                yield f"Va {key} No = {quoted} Pq {words}"
+
+
+def toml_type(kind: Any) -> str:
+    """A type in the words of gpujobd.toml(5), with its bounds: `integer, 1 or more`."""
+    if typing.get_origin(kind) is typing.Annotated:
+        inner, *metas = typing.get_args(kind)
+        bounds = "".join(_bounds(meta) for meta in metas)
+        return toml_type(inner) + bounds
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        words = dict.fromkeys(toml_type(k) for k in typing.get_args(kind) if k is not types.NoneType)
+        return " or ".join(words)
+    if typing.get_origin(kind) is tuple:
+        inner_words = toml_type(typing.get_args(kind)[0])
+        return "array" if " or " in inner_words else f"array of {inner_words}s"
+    if typing.get_origin(kind) is dict:
+        return "table"
+    names = {int: "integer", str: "string", bool: "boolean", float: "number"}
+    return names[kind] if kind in names else toml_type(kind.__value__)
+
+
+def _bounds(meta: msgspec.Meta) -> str:
+    """Bounds that only keep a number from overflowing are not told."""
+    most = "" if meta.le is None or meta.le >= 1e9 else _number(meta.le)
+    if meta.gt is not None:
+        return f", more than {_number(meta.gt)}" + (f", at most {most}" if most else "")
+    if meta.ge is not None:
+        return f", {_number(meta.ge)} to {most}" if most else f", {_number(meta.ge)} or more"
+    return ""
+
+
+def _number(value: float) -> str:
+    return f"{value:_}" if isinstance(value, int) else f"{value:_.6f}".rstrip("0").rstrip(".")
+
+
+def exit_list() -> Iterator[str]:
+    from jobctl.exits import Exit
+
+    return (f"Sy {code.value}" for code in Exit)
+
+
+def daemon_exit_list() -> Iterator[str]:
+    from gpujobd import daemon
+
+    return (f"Sy {status}" for status in (0, 1, daemon.EX_TEMPFAIL, daemon.EX_CONFIG))
+
+
+def refusal_list() -> Iterator[str]:
+    return (f"Cm {code} Pq exit {status}" for code, status in error_codes()[1])
+
+
+def words(rows: Callable[[], tuple[Row, list[Row]]]) -> Callable[[], Iterator[str]]:
+    """The list of a table's first column."""
+    return lambda: (f"Cm {row[0]}" for row in rows()[1])
+
+
 FIGURES: Final[dict[str, Callable[[], str]]] = {"lifecycle": lifecycle}
 TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
     "error codes": error_codes,
@@ -317,13 +435,24 @@ TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
     "configuration": configuration,
     "handler keys": handler_keys,
 }
+LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
+    "configuration": configuration_list,
+    "handler keys": handler_list,
+    "exit codes": exit_list,
+    "daemon exit codes": daemon_exit_list,
+    "refusals": refusal_list,
+    "reasons": words(reasons),
+    "yields": words(yields),
+    "item codes": words(item_codes),
+}
 FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "record")}
 DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
+MANUALS: Final = ("man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7")
 
 
 def main() -> int:
     stale = []
-    for name in DOCUMENTS:
+    for name in (*DOCUMENTS, *MANUALS):
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         now = rewritten(text)
@@ -331,7 +460,8 @@ def main() -> int:
             path.write_text(now, encoding="utf-8")
             print(f"{name}: rewritten")
         elif now != text:
-            stale += [f"{name}: {part}" for part, body in parts(text).items() if make(part, body) != body]
+            made = make_list if is_manual(text) else make
+            stale += [f"{name}: {part}" for part, body in parts(text).items() if made(part, body) != body]
     print("\n".join(stale) or "the documents say what the code does")
     return 1 if stale else 0
 
