@@ -35,6 +35,7 @@ from gpujobd.core.forecast import forecast
 from gpujobd.core.model import (
     FINAL,
     NEXT,
+    NO_USE,
     S_NS,
     Checkpoint,
     Deferred,
@@ -356,8 +357,8 @@ class World:
     def check_limits(self, state: State) -> None:
         rules, kept = self.rules, state.book
         assert kept.open_jobs <= rules.queued_jobs_max
-        assert kept.jobs_of_tenant.get("alice", 0) <= 4
-        assert all(jobs <= rules.jobs_per_uid_max for jobs in kept.jobs_of_uid.values())
+        assert kept.of_tenant.get("alice", NO_USE).jobs <= 4
+        assert all(use.jobs <= rules.jobs_per_uid_max for uid, use in kept.of_uid.items() if uid != ROOT.uid)
         assert kept.open_items <= rules.queued_items_max
 
     def check_reasons(self) -> None:

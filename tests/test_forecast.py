@@ -17,9 +17,12 @@ from gpujobd.core.model import S_NS, Job, JobState, Priority, Rules, TenantRule
 ROOMY = {
     "queued_jobs_max": 200_000,
     "jobs_per_uid_max": 200_000,
+    "items_per_uid_max": 10**12,
+    "submissions_per_minute_max": 10**9,
     "items_per_job_max": 10_000_000,
     "queued_items_max": 10**12,
     "spool_bytes_max": 10**15,
+    "bytes_per_uid_max": 10**15,
     "input_bytes_max": 10**12,
 }
 

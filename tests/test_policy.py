@@ -19,6 +19,7 @@ def rules(**changes: object) -> Rules:
     roomy = {
         "queued_jobs_max": 10_000,
         "jobs_per_uid_max": 10_000,
+        "items_per_uid_max": 100_000_000,
         "items_per_job_max": 1_000_000,
         "queued_items_max": 100_000_000,
         "handlers": HANDLERS,

@@ -64,7 +64,9 @@ def test_a_clone_lives_on_by_itself_and_the_same_events_make_it_equal_again() ->
 
 
 def test_pieces_are_bounded_even_for_jobs_as_large_as_they_get() -> None:
-    house = House(Rules(handlers=HANDLERS, items_per_job_max=10**6, queued_items_max=10**9))
+    house = House(
+        Rules(handlers=HANDLERS, items_per_job_max=10**6, queued_items_max=10**9, items_per_uid_max=10**9)
+    )
     for _ in range(200):
         house.submit(items=5000, input_bytes=10_000)
     heavy = tuple(Deferred(line, 1) for line in range(4001, 4001 + DEFERRED_MAX))

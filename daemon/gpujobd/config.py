@@ -47,7 +47,12 @@ class Limits(Section, frozen=True):
 
     queued_jobs_max: Positive = 1000  # queued + running + paused
     queued_jobs_per_uid_max: Positive = 500
-    """Half of the queue: one user alone must not be able to close the door to all others."""
+    """Half of the queue: one user alone must not be able to close the door to all others. So the next two."""
+    queued_items_per_uid_max: Positive = 500_000
+    spool_bytes_per_uid_max: Positive = 25_000_000_000
+    submissions_per_uid_minute_max: Positive = 6_000
+    """A script that submits its 1,000 small jobs one by one is not slowed; 41 users at it together ask for half of
+    what the door takes. Each submission is a write to the journal, which nothing else bounds."""
     items_per_job_max: Positive = 50_000
     queued_items_max: Positive = 1_000_000
     input_bytes_max: Positive = 200_000_000
@@ -94,6 +99,8 @@ class Access(Section, frozen=True):
 class TenantSection(Section, frozen=True):
     share: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     queued_jobs_max: Positive | None = None
+    queued_items_max: Positive | None = None
+    spool_bytes_max: Positive | None = None
     members: tuple[str, ...] = ()  # users, or groups as "@name": who may submit as this tenant
 
 
@@ -148,6 +155,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             item_bytes_max=limits.item_bytes_max,
             spool_bytes_max=limits.spool_bytes_max,
             jobs_per_uid_max=limits.queued_jobs_per_uid_max,
+            items_per_uid_max=limits.queued_items_per_uid_max,
+            bytes_per_uid_max=limits.spool_bytes_per_uid_max,
+            submissions_per_minute_max=limits.submissions_per_uid_minute_max,
             final_days=self.file.retention.final_days,
             outputs_bytes_max=self.file.retention.outputs_bytes_max,
             slice_ns=round(scheduler.slice_s * S_NS),
@@ -156,8 +166,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             wait_max_ns=round(scheduler.wait_max_s * S_NS),
             resume_on_start=scheduler.resume_on_start,
             tenants={
-                n: TenantRule(share=t.share, queued_jobs_max=t.queued_jobs_max)
-                for n, t in self.file.tenants.items()
+                name: TenantRule(
+                    share=section.share,
+                    queued_jobs_max=section.queued_jobs_max,
+                    queued_items_max=section.queued_items_max,
+                    spool_bytes_max=section.spool_bytes_max,
+                )
+                for name, section in self.file.tenants.items()
             },
             handlers={name: _handler_rule(handler) for name, handler in self.handlers.items()},
         )

@@ -398,6 +398,7 @@ class Error(Reply, frozen=True, tag="error"):
     message: str
     limit: int | UnsetType = UNSET
     current: int | UnsetType = UNSET
+    retry_after_s: int | UnsetType = UNSET  # of a rate: by then the same request is within the limit
 
 
 class Done(Reply, frozen=True, tag="done"):

@@ -606,7 +606,8 @@ def fail(c: Connection, request_id: int, error: Exception) -> None:
     """Answer with what went wrong."""
     match error:
         case Refused():
-            figures = {k: v for k, v in (("limit", error.limit), ("current", error.current)) if v is not None}
+            known = ("limit", error.limit), ("current", error.current), ("retry_after_s", error.retry_after_s)
+            figures = {name: figure for name, figure in known if figure is not None}
             c.fail(request_id, error.code, error.message, **figures)
         case JournalDead():
             c.fail(

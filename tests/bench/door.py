@@ -22,6 +22,8 @@ WIDE_OPEN = """
 queued_jobs_max = 10000000
 queued_jobs_per_uid_max = 10000000
 queued_items_max = 100000000
+queued_items_per_uid_max = 100000000
+submissions_per_uid_minute_max = 100000000
 """
 SYNC_MS = 0.2  # the stretch goal is stated for such a disk
 

@@ -3,7 +3,10 @@
 Rule 1: a busy device refuses nobody; only a full queue does, and it says how full.
 Rule 2: room is held from `Reserve` to `Submit`. What was admitted once is not refused for room later.
 Rule 3: a submit_id names one submission of one uid: a repeat finds the job, other content is a conflict.
-Rule 4: the header is all that is known of an input; the shell checks the bytes against it.
+Rule 4: a limit of the house is everybody's; a quota, of a uid or a tenant, keeps one from taking all of it.
+Administrators have none of their own: they submit for others. What is held against a quota is in the state, so that a
+restart forgives nothing.
+Rule 5: the header is all that is known of an input; the shell checks the bytes against it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from gpujobd.core.events import AnyEvent, ReservationReleased, Reserved, Submitt
 from gpujobd.core.inputs import Release, Reserve, Submission, Submit, Who
 from gpujobd.core.model import (
     FINAL,
+    MINUTE_NS,
     NO_PARAMS,
+    NO_USE,
     Job,
     ParamRule,
     ParamValue,
@@ -33,19 +38,27 @@ MESSAGE_CHARS_MAX: Final = 500
 PARAM_CHARS_MAX: Final = 1_000
 INT64_MAX: Final = (1 << 63) - 1
 INPUT_SHA256_BYTES: Final = 32
+STORED: Final = "bytes of inputs and outputs"
 
 
 class Refused(Exception):
     """A wish we decline. Nothing was written and nothing changed."""
 
     def __init__(
-        self, code: ErrorCode, message: str, *, limit: int | None = None, current: int | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        limit: int | None = None,
+        current: int | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.limit = limit
         self.current = current
+        self.retry_after_s = retry_after_s  # when the same wish may be granted, where that is known
 
 
 def find_submitted(state: State, who: Who, submission: Submission) -> int:
@@ -181,7 +194,10 @@ def _check(
     _check_rights(state, who, submission)
     _check_header(submission, now_ns)
     _check_sizes(rules, submission)
-    _check_room(state, rules, who, submission)
+    _check_room(state, rules, submission)
+    _check_tenants_quota(state, rules, tenant_of(who, submission), submission)
+    if not who.admin:  # who serves others, or could raise the limits
+        _check_own_quota(state, rules, who, submission, now_ns)
     return params
 
 
@@ -281,15 +297,10 @@ def _check_sizes(rules: Rules, submission: Submission) -> None:
     )
 
 
-def _check_room(state: State, rules: Rules, who: Who, submission: Submission) -> None:
+def _check_room(state: State, rules: Rules, submission: Submission) -> None:
     """What is here already, and this submission."""
-    book, tenant = state.book, tenant_of(who, submission)
+    book = state.book
     _below(ErrorCode.QUEUE_FULL, book.open_jobs, rules.queued_jobs_max, "the queue holds")
-    rule = rules.tenants.get(tenant)
-    if rule is not None and rule.queued_jobs_max is not None:
-        mine = book.jobs_of_tenant.get(tenant, 0)
-        _below(ErrorCode.QUOTA, mine, rule.queued_jobs_max, f"tenant {tenant} has")
-    _below(ErrorCode.QUOTA, book.jobs_of_uid.get(who.uid, 0), rules.jobs_per_uid_max, "you have")
     _fits(
         ErrorCode.BACKLOG_FULL,
         book.open_items,
@@ -306,6 +317,53 @@ def _check_room(state: State, rules: Rules, who: Who, submission: Submission) ->
         "inputs and outputs take",
         "bytes",
     )
+
+
+def _check_tenants_quota(state: State, rules: Rules, tenant: str, submission: Submission) -> None:
+    rule = rules.tenants.get(tenant)
+    if rule is None:
+        return
+    use, has = state.book.of_tenant.get(tenant, NO_USE), f"tenant {tenant} has"
+    if rule.queued_jobs_max is not None:
+        _below(ErrorCode.QUOTA, use.jobs, rule.queued_jobs_max, has)
+    if rule.queued_items_max is not None:
+        _fits(ErrorCode.QUOTA, use.items, submission.items, rule.queued_items_max, has, "queued items")
+    if rule.spool_bytes_max is not None:
+        _fits(ErrorCode.QUOTA, use.bytes, submission.input_bytes, rule.spool_bytes_max, has, STORED)
+
+
+def _check_own_quota(state: State, rules: Rules, who: Who, submission: Submission, now_ns: int) -> None:
+    """O(1): the book counts along, and 15,000 submissions a second come by here."""
+    use = state.book.of_uid.get(who.uid, NO_USE)
+    _below(ErrorCode.QUOTA, use.jobs, rules.jobs_per_uid_max, "you have")
+    _fits(ErrorCode.QUOTA, use.items, submission.items, rules.items_per_uid_max, "you have", "queued items")
+    _fits(ErrorCode.QUOTA, use.bytes, submission.input_bytes, rules.bytes_per_uid_max, "you have", STORED)
+    _check_rate(state, rules.submissions_per_minute_max, who, now_ns)
+
+
+def _check_rate(state: State, limit: int, who: Who, now_ns: int) -> None:
+    now, before = state.arrivals.counted(who.uid, now_ns)
+    if now + before < limit:
+        return
+    gone = now_ns % MINUTE_NS / MINUTE_NS  # of this minute; what is left of it counts of the one before
+    counted = now + before * (1 - gone)
+    if counted > limit - 1:
+        current, wait_s = math.ceil(counted), math.ceil(60 * _wait(limit - 1, now, before, gone))
+        message = f"you submitted {current} jobs in a minute, allowed are {limit}: again in {wait_s} s"
+        raise Refused(ErrorCode.QUOTA, message, limit=limit, current=current, retry_after_s=wait_s)
+
+
+def _wait(most: int, now: int, before: int, gone: float) -> float:
+    """Minutes until no more than `most` count, with nothing more submitted."""
+    if now <= most:
+        return (1 - (most - now) / before) - gone
+    return (1 - gone) + (1 - most / now)
+
+
+def submitted_lately(state: State, uid: int, now_ns: int) -> int:
+    """Submissions of the last minute, as the limit counts them."""
+    now, before = state.arrivals.counted(uid, now_ns)
+    return math.ceil(now + before * (1 - now_ns % MINUTE_NS / MINUTE_NS))
 
 
 def _at_most(code: ErrorCode, current: int, limit: int, has: str, noun: str) -> None:

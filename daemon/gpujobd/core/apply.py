@@ -97,6 +97,7 @@ def _reserved(state: State, event: events.Reserved) -> None:
         submit_id=event.submit_id,
     )
     book.count_reserved(state.book, event.owner, event.tenant, 1, event.items, event.input_bytes)
+    state.arrivals.add(event.owner, event.at_ns)
 
 
 def _reservation_released(state: State, event: events.ReservationReleased) -> None:
@@ -113,6 +114,8 @@ def _submitted(state: State, event: events.Submitted) -> None:
     state.next_job_id = event.job_id + 1
     if event.reservation_id:
         _release(state, event.reservation_id)
+    else:  # else it arrived with the reservation
+        state.arrivals.add(event.owner, event.at_ns)
     tenant = state.tenants.get(event.tenant)
     if tenant is None:
         tenant = state.tenants[event.tenant] = Tenant(name=event.tenant)
@@ -363,8 +366,8 @@ def _progress(state: State, event: events.Progress) -> Job:
     tried = new.done + new.failed - old.done - old.failed
     assert tried >= 0, event
     job.checkpoint = new
-    state.book.open_items -= tried
-    state.book.stored_bytes += new.results_bytes + new.errors_bytes - old.results_bytes - old.errors_bytes
+    more = new.results_bytes + new.errors_bytes - old.results_bytes - old.errors_bytes
+    book.count(state.book, job.owner, job.tenant, items=-tried, stored=more)
     _price(state, lease, event.used_ns, tried)
     if event.vram_bytes:
         learned = state.learned[job.handler]

@@ -4,9 +4,9 @@
     queued, in line         lines[tenant][level, handler], ready[level]; its tenant is present at that level
     queued, asleep          asleep, by wake_ns
     running                 its tenant is present at the level of the lease
-    any of these, paused    open_jobs, open_items, jobs_of_tenant, jobs_of_uid, deadlines
+    any of these, paused    open_jobs, open_items, and the same in of_uid and of_tenant; deadlines
     final                   finals, final_bytes
-    any                     stored_bytes, inline, submit_ids
+    any                     stored_bytes, and the same in of_uid and of_tenant; inline, submit_ids
 
 Rule 1: apply() takes a job out of its place, changes it, and puts it into its new place: `move`.
 Rule 2: what is found on every turn of the daemon is O(1), what is changed is O(log n) and one memmove of pointers
@@ -31,6 +31,7 @@ from gpujobd.core.model import (
     Stamps,
     State,
     Tenant,
+    Use,
 )
 
 Key = TypeVar("Key", str, int)
@@ -106,7 +107,7 @@ def forget(state: State, job: Job) -> None:
     book = state.book
     _drop(book.finals, (job.finished_ns, job.job_id))
     book.final_bytes -= output_bytes(job)
-    book.stored_bytes -= job.input_bytes + output_bytes(job)
+    count(book, job.owner, job.tenant, stored=-job.input_bytes - output_bytes(job))
     book.inline.pop(job.job_id, None)
 
 
@@ -287,7 +288,7 @@ def with_level(triple: tuple[int, int, int], level: Priority, value: int) -> tup
 
 
 def _count_stored(book: Book, job: Job) -> None:
-    book.stored_bytes += job.input_bytes + output_bytes(job)
+    count(book, job.owner, job.tenant, stored=job.input_bytes + output_bytes(job))
     if job.inline_seq:
         book.inline[job.job_id] = job.inline_seq
     mine = book.submit_ids.get(job.owner)
@@ -297,26 +298,29 @@ def _count_stored(book: Book, job: Job) -> None:
 
 
 def _count_open(book: Book, job: Job, sign: int) -> None:
-    _count_jobs(book, job.owner, job.tenant, sign)
-    book.open_items += sign * job.left
+    count(book, job.owner, job.tenant, jobs=sign, items=sign * job.left)
 
 
 def count_reserved(book: Book, owner: int, tenant: str, sign: int, items: int, input_bytes: int) -> None:
     """Reservations count like jobs: what was promised at the door is there when the input has come."""
-    _count_jobs(book, owner, tenant, sign)
-    book.open_items += sign * items
-    book.stored_bytes += sign * input_bytes
+    count(book, owner, tenant, jobs=sign, items=sign * items, stored=sign * input_bytes)
 
 
-def _count_jobs(book: Book, owner: int, tenant: str, sign: int) -> None:
-    book.open_jobs += sign
-    _add(book.jobs_of_tenant, tenant, sign)
-    _add(book.jobs_of_uid, owner, sign)
+def count(book: Book, owner: int, tenant: str, *, jobs: int = 0, items: int = 0, stored: int = 0) -> None:
+    """The one place where what quotas and limits are held against changes: for the house, the uid and the tenant."""
+    book.open_jobs += jobs
+    book.open_items += items
+    book.stored_bytes += stored
+    _add(book.of_uid, owner, jobs, items, stored)
+    _add(book.of_tenant, tenant, jobs, items, stored)
 
 
-def _add(counts: dict[Key, int], key: Key, by: int) -> None:
-    value = counts.get(key, 0) + by
-    if value:
-        counts[key] = value
-    else:
-        del counts[key]
+def _add(uses: dict[Key, Use], key: Key, jobs: int, items: int, stored: int) -> None:
+    use = uses.get(key)
+    if use is None:
+        use = uses[key] = Use()
+    use.jobs += jobs
+    use.items += items
+    use.bytes += stored
+    if not (use.jobs or use.items or use.bytes):
+        del uses[key]

@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 
 S_NS: Final = 1_000_000_000
+MINUTE_NS: Final = 60 * S_NS
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
 
 
@@ -322,6 +323,32 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     removed_ns: int
 
 
+class Arrivals(msgspec.Struct, kw_only=True):
+    """Submissions of each uid in the minute that runs and in the one before: bounded by who submits, not by how much.
+
+    Persistent, so that a restart forgives nobody; counted by the clock of the events, so that a replay counts the same.
+    """
+
+    minute: int = 0  # since 1970
+    now: dict[int, int] = {}  # uid -> submissions
+    before: dict[int, int] = {}
+
+    def add(self, uid: int, at_ns: int) -> None:
+        """A clock that stepped, either way, begins anew: better a minute's submissions too many than an hour's wait."""
+        minute = at_ns // MINUTE_NS
+        if minute != self.minute:
+            self.before = self.now if minute == self.minute + 1 else {}
+            self.now, self.minute = {}, minute
+        self.now[uid] = self.now.get(uid, 0) + 1
+
+    def counted(self, uid: int, at_ns: int) -> tuple[int, int]:
+        """In the minute of `at_ns` so far, and in the one before."""
+        ago = at_ns // MINUTE_NS - self.minute
+        if ago == 0:
+            return self.now.get(uid, 0), self.before.get(uid, 0)
+        return 0, self.now.get(uid, 0) if ago == 1 else 0
+
+
 class Switches(msgspec.Struct, frozen=True, kw_only=True):
     """What `jobctl queue` set; survives a restart. An empty message with a true switch is allowed."""
 
@@ -336,6 +363,8 @@ class TenantRule(msgspec.Struct, frozen=True, kw_only=True):
 
     share: float = 1.0
     queued_jobs_max: int | None = None  # queued + running + paused
+    queued_items_max: int | None = None  # of these jobs, that still need a try
+    spool_bytes_max: int | None = None  # inputs and outputs of all its jobs
 
 
 class ParamRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -365,6 +394,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     item_bytes_max: int = 1_048_576
     spool_bytes_max: int = 50_000_000_000
     jobs_per_uid_max: int = 500  # queued, running and paused jobs of one uid
+    items_per_uid_max: int = 500_000  # of these jobs, that still need a try
+    bytes_per_uid_max: int = 25_000_000_000  # inputs and outputs of all jobs of one uid
+    submissions_per_minute_max: int = 6_000  # of one uid
     final_days: int = 30
     outputs_bytes_max: int = 25_000_000_000
     slice_ns: int = 30 * S_NS
@@ -385,6 +417,17 @@ Line = list[Job]  # ready jobs of one tenant, level and handler, by line_key
 Stamps = list[tuple[int, int]]  # (when, job_id), soonest first
 
 
+class Use(msgspec.Struct, gc=False):
+    """What one uid, or one tenant, takes up: what quotas are held against."""
+
+    jobs: int = 0  # queued, running, paused, and reserved
+    items: int = 0  # of those, that still need a try
+    bytes: int = 0  # inputs and outputs of every job, and what is reserved
+
+
+NO_USE: Final = Use()  # never changed
+
+
 class Book(msgspec.Struct, kw_only=True):
     """Indexes over the jobs, all bookkeeping: core/book.py keeps them, and can make them anew."""
 
@@ -392,8 +435,8 @@ class Book(msgspec.Struct, kw_only=True):
     open_items: int = 0  # items of those that still need a try
     stored_bytes: int = 0  # inputs and outputs of every job, and what is reserved
     final_bytes: int = 0  # outputs of final jobs
-    jobs_of_tenant: dict[str, int] = {}  # open ones
-    jobs_of_uid: dict[int, int] = {}
+    of_uid: dict[int, Use] = {}  # the same by owner, and by tenant; who takes up nothing is not there
+    of_tenant: dict[str, Use] = {}
     lines: dict[str, dict[tuple[Priority, str], Line]] = {}  # tenant -> (level, handler) -> ready jobs
     ready: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0])  # ready jobs by level
     present: dict[str, list[int]] = {}  # tenant -> by level: jobs ready or running
@@ -426,6 +469,7 @@ class State(msgspec.Struct, kw_only=True):
     disk_detail: str = ""
     stopping: bool = False  # the daemon is on its way down: start nothing
     store_id: str = ""
+    arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
 
     # Bookkeeping.
     book: Book = msgspec.field(default_factory=Book)

@@ -20,6 +20,7 @@ from gpujobd.core.book import rebuild
 from gpujobd.core.model import (
     NO_DEATHS,
     NO_PARAMS,
+    Arrivals,
     Device,
     Job,
     Learned,
@@ -43,7 +44,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="piece", omit_d
 
 
 class House(Piece, frozen=True, tag="house"):
-    """All that does not grow: bounded by the numbers of devices, handlers and connections."""
+    """All that does not grow: bounded by the numbers of devices, handlers, users and connections."""
 
     seq: int
     next_job_id: int
@@ -58,6 +59,7 @@ class House(Piece, frozen=True, tag="house"):
     disk_detail: str
     stopping: bool
     store_id: str
+    arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
 
 
 class Tenants(Piece, frozen=True, tag="tenants"):
@@ -113,6 +115,7 @@ def _house(state: State) -> House:
         disk_detail=state.disk_detail,
         stopping=state.stopping,
         store_id=state.store_id,
+        arrivals=state.arrivals,
     )
 
 
@@ -189,6 +192,7 @@ def _state(house: House) -> State:
         disk_detail=house.disk_detail,
         stopping=house.stopping,
         store_id=house.store_id,
+        arrivals=house.arrivals,
     )
 
 
