@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+import gpujobd
 import pytest
 from fake_daemon import Descriptor, FakeDaemon
 from gpujobd import protocol as p
@@ -82,6 +83,15 @@ def test_the_users_own_socket_is_beside_the_state_where_there_is_no_run_time_fol
 def test_unknown_verbs_and_options_are_usage_errors():
     for words in (["nope"], ["ping", "--nope"], ["show"], ["queue", "explode"]):
         assert jobctl(*words).returncode == 2
+
+
+def test_the_version_needs_no_metadata_of_the_distribution():
+    """A package of the client alone has none to ask."""
+    code = "import importlib.metadata as m; m.version = None; from jobctl.__main__ import run; run(['--version'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout == f"jobctl {gpujobd.__version__}\n"
 
 
 def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):

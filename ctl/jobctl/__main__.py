@@ -92,9 +92,9 @@ class Verbs(Helped, click.Group):
 def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
     if not value or context.resilient_parsing:
         return
-    from importlib.metadata import version  # noqa: PLC0415  # for this alone
+    from gpujobd import __version__  # noqa: PLC0415  # for this alone
 
-    click.echo(f"jobctl {version('gpujobd')}")
+    click.echo(f"jobctl {__version__}")
     context.exit()
 
 
