@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 
+import click
 import documents
 import pytest
 from documents import ROOT
+from gpujobd.__main__ import main as gpujobd
+from jobctl.__main__ import cli as jobctl
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in documents.MANUALS}
 PARTS = [(page, part) for page, text in PAGES.items() for part in documents.parts(text)]
@@ -48,7 +52,7 @@ def said(*command):
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_clean_before_mandoc(page):
     """Its style level too, save that it looks for the pages named in SEE ALSO among those installed."""
-    complaints = said("mandoc", "-T", "lint", "-W", "style", ROOT / page)
+    complaints = [line for line in said("mandoc", "-T", "lint", "-W", "style", ROOT / page) if page in line]
     assert [line for line in complaints if "referenced manual not found" not in line] == []
 
 
@@ -57,3 +61,114 @@ def test_page_is_clean_before_mandoc(page):
 def test_page_is_clean_before_groff(page):
     """As `man --warnings` does it, at 80 columns."""
     assert said("groff", "-mandoc", "-Tutf8", "-rLL=78n", "-ww", "-z", ROOT / page) == []
+
+
+# --- commands and options -----------------------------------------------------------------------------------------
+
+
+def options(command):
+    """Every option that --help prints."""
+    params = [param for param in command.params if isinstance(param, click.Option)]
+    return {word for param in params for word in param.opts}
+
+
+def described(page, mark):
+    """Verb to the options in its entry: `.It Ic VERB` or `.It Cm VERB`, then `.It Fl OPTION` until the next verb."""
+    found, verb = {}, ""
+    for line in PAGES[page].splitlines():
+        if line.startswith(f".It {mark} "):
+            verb = line.split()[2]
+            found[verb] = set()
+        elif line.startswith(".Sh"):
+            verb = ""
+        elif verb and line.startswith(".It Fl "):
+            found[verb] |= {f"-{word.split()[0]}" for word in re.split(r"(?: ,)? ?Fl ", line[3:])[1:]}
+    return found
+
+
+def test_every_command_of_jobctl_is_in_its_page_with_every_option_and_no_other():
+    commands = {name: jobctl.get_command(None, name) for name in jobctl.list_commands(None)}
+    of_all = {"--json", "--socket"}
+    assert described("man/jobctl.1", "Ic") == {name: options(v) - of_all for name, v in commands.items()}
+
+
+def test_every_command_of_gpujobd_is_in_its_page_with_every_option_and_no_other():
+    assert described("man/gpujobd.8", "Ic") == {
+        name: options(verb) for name, verb in gpujobd.commands.items()
+    }
+
+
+def test_options_of_all_commands_are_told_once():
+    opening = PAGES["man/jobctl.1"].partition(".Ss ")[0]
+    for option in ("-json", "-socket Ar path", "h , Fl -help", "-version"):
+        assert re.search(rf"^\.(It )?Fl {option}", opening, re.MULTILINE), option
+
+
+# --- examples -----------------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"^\.Bd -literal.*\n((?:.*\n)*?)^\.Ed$", re.MULTILINE)
+
+
+def examples(page):
+    """The literal blocks as a reader sees them."""
+    for block in BLOCK.findall(PAGES[page]):
+        yield block.replace("\\e", "\\").replace("\\&", "").replace("\\(aq", "'").replace("\\-", "-")
+
+
+def command_lines(program):
+    """Every call of the program in an example: (page, arguments), without the options that all commands have."""
+    found = []
+    for page in PAGES:
+        for block in examples(page):
+            for line in block.replace("\\\n", " ").splitlines():
+                shell = re.sub(r"^[#$] ", "", line)
+                found += [
+                    (page, words[2:] if words[0] == "--socket" else words)
+                    for words in calls(shell, program)
+                    if words
+                ]
+    return found
+
+
+def calls(line, program):
+    """The arguments of every call of the program in a line of shell; redirections are left out."""
+    line = re.sub(r"\d?>&?\d?( \w[\w.]*)?|runuser -u \w+ -- ", "", line)
+    if not re.search(rf"\b{program}(?![\w:.-])", line):
+        return
+    at_start, words = True, None
+    tokens = shlex.shlex(line, posix=True, punctuation_chars="|&;()<")
+    tokens.whitespace_split = True
+    for token in [*tokens, ";"]:
+        if re.fullmatch(r"[|&;()<]+", token):
+            if words is not None:
+                yield words
+            at_start, words = True, None
+        elif at_start and token == program:
+            at_start, words = False, []
+        elif words is not None:
+            words.append(token)
+        else:
+            at_start = token in ("$", "!", "do", "then")
+
+
+def test_calls_in_a_line_of_shell_are_found():
+    line = (
+        'if x=$(jobctl submit a - --submit-id "b-$(date +%F)") && ! jobctl wait 3 >&2; then echo jobctl; fi'
+    )
+    assert list(calls(line, "jobctl")) == [
+        ["submit", "a", "-", "--submit-id", "b-$(date +%F)"],
+        ["wait", "3"],
+    ]
+
+
+@pytest.mark.parametrize(("page", "arguments"), command_lines("jobctl"))
+def test_command_of_jobctl_in_an_example_is_one_that_it_takes(page, arguments):
+    command = jobctl.get_command(None, arguments[0])
+    assert command is not None
+    assert command.make_context(arguments[0], arguments[1:]).command is command
+
+
+@pytest.mark.parametrize(("page", "arguments"), command_lines("gpujobd"))
+def test_command_of_gpujobd_in_an_example_is_one_that_it_takes(page, arguments):
+    command = gpujobd.commands[arguments[0]]
+    assert command.make_context(arguments[0], arguments[1:]).command is command

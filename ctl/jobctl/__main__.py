@@ -85,7 +85,8 @@ class Verbs(Helped, click.Group):
         formatter.write("Jobs are named by id (42), range (5-9), list (3,5-9), or @ for your last one.\n\n")
         formatter.write(
             "Exit codes: 0 ok, 1 a job or some of its items failed, 2 usage or no such job,\n"
-            "3 daemon unreachable, 4 not permitted, 5 timed out waiting, 6 refused at the door.\n"
+            "3 daemon unreachable, 4 not permitted, 5 timed out waiting, 6 refused at the door.\n\n"
+            "All of it, with the reasons for which jobs wait: man jobctl.\n"
         )
 
 

@@ -16,7 +16,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gpujobd")
 def main() -> None:
-    """The daemon that owns the GPU of this host. Its client is jobctl."""
+    """The daemon that owns the GPU of this host. Its client is jobctl.
+
+    All of it: man gpujobd; the configuration: man gpujobd.toml; handlers: man gpujobd-handler.
+    """
     if not __debug__:
         sys.exit(
             "gpujobd: python -O removes the assertions that stop a daemon whose state is wrong; start it without"
