@@ -422,6 +422,14 @@ def words(rows: Callable[[], tuple[Row, list[Row]]]) -> Callable[[], Iterator[st
     return lambda: (f"Cm {row[0]}" for row in rows()[1])
 
 
+def log_fields() -> tuple[Row, list[Row]]:
+    from gpujobd.catalog import FIELDS
+
+    return ("in JSON lines", "in the journal", "what"), [
+        (f"`{name}`", f"`{there}`") for name, there in FIELDS.items()
+    ]
+
+
 FIGURES: Final[dict[str, Callable[[], str]]] = {"lifecycle": lifecycle}
 TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
     "error codes": error_codes,
@@ -434,6 +442,7 @@ TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
     "exit codes": exit_codes,
     "configuration": configuration,
     "handler keys": handler_keys,
+    "log fields": log_fields,
 }
 LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "configuration": configuration_list,

@@ -224,8 +224,11 @@ def test_systemd_is_told_ready_status_watchdog_and_stopping(tmp_path, systemd, m
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     slow = fake(SLOW, batch_max=4, params={"item_s": 0.1})
     with hosted(tmp_path / "host", slow=slow) as host:
-        first = systemd.recv(1 << 16).decode()
-        assert first.splitlines()[0] == "READY=1"  # nothing before it: not even a watchdog
+        starting = []
+        while not (said := systemd.recv(1 << 16).decode()).startswith("READY=1\n"):
+            starting.append(said)
+        assert starting[0] == "STATUS=starting: reading the journal"
+        assert all(said.startswith("STATUS=starting: ") for said in starting)  # not even a watchdog
         with host.client() as client:
             job = client.submit("slow", texts(500)).job
             until(lambda: client.job(job).items.done > 0, "a checkpoint")

@@ -30,7 +30,13 @@ def main() -> None:
 @click.option("--config", "config_file", type=FILE, help="Configuration; handlers.d is beside it.")
 @click.option("--state-dir", type=FOLDER, help="Journal and spool.")
 @click.option("--socket", "socket_path", type=FILE, help="Control socket.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json", "journal"]),
+    default="auto",
+    show_default=True,
+    help="auto: systemd's journal with all fields where stderr leads there, else text on stderr.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log what is of use to developers too.")
 def serve(
     config_file: Path | None, state_dir: Path | None, socket_path: Path | None, log_format: str, verbose: bool
@@ -40,9 +46,9 @@ def serve(
     Without options: the system's folders for root, the user's own ($XDG_STATE_HOME/gpujobd,
     $XDG_RUNTIME_DIR/gpujobd/control.sock) for everybody else.
     """
-    from gpujobd import daemon, report  # noqa: PLC0415  # `check` and `--help` need neither trio nor the journal
+    from gpujobd import daemon, entries  # noqa: PLC0415  # `check` and `--help` need neither trio nor the journal
 
-    report.set_up(log_format, verbose=verbose)
+    entries.set_up(log_format, verbose=verbose)
     options = daemon.Options(config=config_file, state_dir=state_dir, socket=socket_path)
     sys.exit(daemon.serve(options))
 

@@ -12,6 +12,7 @@ Where files are:     as a service                    as an ordinary user
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -266,6 +267,8 @@ def _read(path: Path, shape: type[T]) -> T:
         raise ConfigError(f"{path}: is not UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_place(text, shape, str(error))}") from None
 
@@ -326,6 +329,43 @@ def _line_of(text: str, key: str, section: str) -> int:
 def _bare(key: str) -> str:
     """A TOML key without quotes and spaces."""
     return re.sub(r"[\s\"']", "", key)
+
+
+AT_START: Final = frozenset({"devices"})
+"""Keys that are read once."""
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What is different, for people; parameters of handlers by name alone: they may be secret."""
+    before, after = _flat(old.file), _flat(new.file)
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            when = " (with the next start)" if key in AT_START else ""
+            found.append(f"{key}: {_shown(before, key)} -> {_shown(after, key)}{when}")
+    for name in sorted(old.handlers.keys() | new.handlers.keys()):
+        was, is_now = old.handlers.get(name), new.handlers.get(name)
+        if was is None or is_now is None:
+            found.append(f"handler {name} {'added' if was is None else 'removed'}")
+        elif was != is_now:
+            keys = [k for k in Handler.__struct_fields__ if getattr(was, k) != getattr(is_now, k)]
+            found.append(f"handler {name} changed: {', '.join(keys)}")
+    return found
+
+
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """`limits.queued_jobs_max` and the like, with their values."""
+    found: dict[str, Any] = {}
+    for key, value in msgspec.to_builtins(section).items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if values.get(key) is not None else "none"
 
 
 def is_service() -> bool:

@@ -27,6 +27,7 @@ import trio
 
 from gpujobd import protocol
 from gpujobd.access import Peer
+from gpujobd.catalog import kind
 from gpujobd.core.inputs import Who
 from gpujobd.guests import Guest
 from gpujobd.protocol import AnyReply, AnyRequest, ErrorCode, Frames
@@ -59,6 +60,7 @@ class Connections:
     def __init__(self) -> None:
         self._all: set[Connection] = set()
         self._full: list[Connection] = []
+        self.hushed = False
         self._more = trio.Event()
         self._look_at = math.inf
         self._sooner = trio.Event()
@@ -70,6 +72,17 @@ class Connections:
             yield
         finally:
             self._all.remove(connection)
+
+    def hush(self) -> None:
+        """Read nothing more of anybody. What was asked is still answered."""
+        self.hushed = True
+        for connection in self._all:
+            connection.reading.cancel()
+
+    @property
+    def taken(self) -> bool:
+        """Whether the peers have taken all that was said to them."""
+        return not any(connection.owed for connection in self._all)
 
     def post(self, connection: Connection) -> None:
         """Something is queued there."""
@@ -122,6 +135,7 @@ class Connection:
         self.nursery: trio.Nursery | None = None
         self.leaving = False  # the nursery takes no more tasks; on_close is called soon
         self.on_close: list[Callable[[], None]] = []
+        self.reading = trio.CancelScope()
         self._sock = sock
         self._dispatch = dispatch
         self._everybody = everybody
@@ -177,6 +191,10 @@ class Connection:
         await self._drained.wait()
 
     @property
+    def owed(self) -> bool:
+        return self._out_bytes > 0
+
+    @property
     def busy(self) -> bool:
         return bool(self._open)
 
@@ -186,11 +204,16 @@ class Connection:
         """Serve until the peer hangs up or misbehaves."""
         try:
             with self._everybody.with_this(self):
+                if self._everybody.hushed:
+                    self.reading.cancel()
                 async with trio.open_nursery() as nursery:
                     self.nursery = nursery
                     nursery.start_soon(self._write)
                     try:
-                        await self._read(welcome)
+                        with self.reading:
+                            await self._read(welcome)
+                        if self._everybody.hushed:
+                            await trio.sleep_forever()  # until the daemon ends; answers go out meanwhile
                     finally:
                         self.leaving = True
                         nursery.cancel_scope.cancel()
@@ -198,7 +221,8 @@ class Connection:
             why = self._gone or _causes(group)
             log.debug("connection of uid %d ended: %s", self.peer.uid, why[:MESSAGE_CHARS_MAX])
         except* Exception:
-            log.exception("a request of uid %d failed", self.peer.uid)
+            extra = kind("request_failed", by_uid=self.peer.uid)
+            log.exception("a request of uid %d failed", self.peer.uid, extra=extra)
         finally:
             self._close()
 

@@ -2,10 +2,12 @@
 
     recover:  configuration -> journal -> state -> socket -> devices -> Start -> READY
     serve:    turns, writer, server, supervisor, outlooks, janitor, watchdog: one nursery, one fate
-    stop:     Stop -> leases yield -> workers end -> last snapshot -> seal
+    stop:     Stop -> leases yield -> last answers -> workers end -> last snapshot -> seal
 
 Rule 1: nothing is answered before replay is done and what the last run left has been settled by `Start`.
 Rule 2: a bug or a dead journal ends the process; systemd starts it again and replay restores it. Nobody limps on.
+
+Rule 3: systemd hears of each stage in time: why a start was refused, how far a stop is, and that more time is needed.
 
 Exit status: 0 stopped as asked; 1 a bug, or another daemon holds the state; 75 the journal could not be written
 (a restart may help); 78 configuration or journal refused (a restart does not help).
@@ -15,15 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import gc
 import logging
-import math
 import os
 import resource
 import signal
 import socket
 import stat
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -32,8 +35,9 @@ from typing import Final
 import msgspec
 import trio
 
-from gpujobd import __version__, config, report
+from gpujobd import __version__, config, entries, report
 from gpujobd.access import Directory
+from gpujobd.catalog import kind
 from gpujobd.config import Config, ConfigError
 from gpujobd.core import inputs, snapshot
 from gpujobd.core.apply import apply
@@ -47,9 +51,11 @@ from gpujobd.outlooks import Outlooks
 from gpujobd.server import Server
 from gpujobd.snapfile import SnapshotDamagedError
 from gpujobd.spool import Spool
+from gpujobd.status import status
 from gpujobd.submissions import Submissions
-from gpujobd.supervisor import Supervisor, find_devices
+from gpujobd.supervisor import STOP_S, Supervisor, find_devices
 from gpujobd.turns import Turns
+from gpujobd.watchdog import Watchdog
 from gpujobd.writer import Writer
 
 log = logging.getLogger("gpujobd")
@@ -64,8 +70,11 @@ PASSING: Final = frozenset(
 )
 """Errors at the start that may be gone at the next one: systemd is to try again."""
 LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach the clients
-STUCK_S: Final = 20.0
-STATUS_S: Final = 1.0
+ANSWERS_S: Final = 10.0  # at the end: for commits in flight, and for peers to take the answers
+SETTLE_S: Final = 120.0  # for the last snapshot: what takes longer hangs
+PAUSED_LOOK_S: Final = 0.05
+LOG_LOOK_S: Final = 0.02
+CHANGES_MAX: Final = 20  # of a reload, in its entry
 COLLECTIONS: Final = (20_000, 20, 20)
 """Thresholds of the garbage collector. What stays for long (jobs, events) cannot be in a cycle, and little else is
 made in a burst of submissions: with Python's 700 it took a tenth of the time, and pauses of 70 ms were seen."""
@@ -74,11 +83,12 @@ OF_NO_WORKER: Final = (Submitted, Reserved, ReservationReleased, Checkpointed)
 
 
 class StartError(Exception):
-    """The daemon cannot start; the message says why."""
+    """The daemon cannot start; the message says why, `code` says it to systemd."""
 
-    def __init__(self, message: str, status: int = 1) -> None:
+    def __init__(self, message: str, status: int = 1, code: int = errno.EINVAL) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,10 +118,20 @@ def replay(recovered: Recovered) -> State:
 class Daemon:
     """One run. Made by `serve`."""
 
-    def __init__(self, options: Options, cfg: Config, journal: Journal, recovered: Recovered) -> None:
+    def __init__(
+        self,
+        options: Options,
+        cfg: Config,
+        journal: Journal,
+        recovered: Recovered,
+        notifier: Notifier | None = None,
+    ) -> None:
+        began = time.monotonic()
         self._options = options
         self._config = cfg
-        self._notifier = Notifier()
+        self._notifier = notifier or Notifier()
+        self._trouble = ""  # the configuration that was refused
+        self._reload_wanted = trio.Event()
         self._journal = journal
         head = replay(recovered)
         state = snapshot.clone(head)
@@ -129,6 +149,7 @@ class Daemon:
             prepare=self._prepare,
             on_log=self._log_grew,
         )
+        self._watchdog = Watchdog(self._notifier, self._turns, self._writer, self._supervisor, self._status)
         self._boot_id = uuid.uuid4().hex
         submissions = Submissions(self._turns, self._spool, self._outlooks, self._prepare)
         self._server = Server(
@@ -146,9 +167,10 @@ class Daemon:
             self._feed.follow,
             self._server.follow,
             self._janitor.follow,
-            lambda facts: report.facts(self._turns.state, facts),
+            lambda facts: report.facts(self._turns.state, facts, self._directory.name),
             self._poke,
         ]
+        self._replay_s = time.monotonic() - began
 
     def _poke(self, facts: list[tuple[int, AnyEvent]]) -> None:
         if not all(isinstance(event, OF_NO_WORKER) for _, event in facts):
@@ -167,6 +189,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a signal says stop. Raises: JournalDead, StartError."""
         await trio.to_thread.run_sync(self._sweep)
+        self._notifier.send(STATUS="starting: looking for devices")
         devices = await find_devices(self._config)
         async with self._listener() as listener, trio.open_nursery() as nursery:
             nursery.start_soon(self._until_dead, self._writer.run)
@@ -176,12 +199,20 @@ class Daemon:
             nursery.start_soon(self._supervisor.run)
             nursery.start_soon(self._outlooks.run)
             nursery.start_soon(self._until_dead, self._janitor.run)
-            nursery.start_soon(self._watchdog)
+            nursery.start_soon(self._watchdog.run)
+            nursery.start_soon(_flush_log)
             nursery.start_soon(self._server.run, listener)
             self._notifier.send(READY=1, STATUS=self._status())
-            log.info("ready: %d jobs, devices %s", len(self._turns.state.jobs), ", ".join(devices))
+            self._say_ready(devices)
             await self._obey_signals()
             nursery.cancel_scope.cancel()
+
+    def _say_ready(self, devices: tuple[str, ...]) -> None:
+        state = self._turns.state
+        jobs, names = len(state.jobs), ", ".join(devices)
+        extra = kind("ready", version=__version__, jobs=jobs, replay_s=round(self._replay_s, 3))
+        message = "gpujobd %s is ready: %d jobs, %d of them open, replayed in %.2f s; devices %s"
+        log.info(message, __version__, jobs, state.book.open_jobs, self._replay_s, names, extra=extra)
 
     def _sweep(self) -> None:
         """Delete files that a crash left without an owner."""
@@ -189,7 +220,7 @@ class Daemon:
         held = {job.reservation_id for job in state.jobs.values() if job.reservation_id}
         swept = self._spool.sweep(state.jobs.keys(), held)
         if swept:
-            log.info("deleted %d files and folders that no job owns", swept)
+            log.info("deleted %d files and folders that no job owns", swept, extra=kind("files_swept"))
 
     # --- signals ------------------------------------------------------------------------------------------------
 
@@ -197,61 +228,96 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             stopping = False
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reload_when_wanted)
                 async for number in signals:
+                    name = signal.Signals(number).name
                     if number == signal.SIGHUP:
-                        await self._reload()
+                        self._reload_wanted.set()
                     elif not stopping:
                         stopping = True
-                        log.info("%s: asking what runs to pause", signal.Signals(number).name)
+                        log.info("%s: asking what runs to pause", name, extra=kind("stopping"))
                         nursery.start_soon(self._stop, nursery.cancel_scope)
                     else:
-                        log.info("%s again: not waiting any longer", signal.Signals(number).name)
+                        log.info("%s again: not waiting any longer", name, extra=kind("hurried"))
                         self._supervisor.hurry()
 
+    async def _reload_when_wanted(self) -> None:
+        """One at a time; a configuration on a disk that hangs must not keep SIGTERM waiting."""
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted = trio.Event()
+            if not self._turns.state.stopping:
+                await self._reload()
+
     async def _reload(self) -> None:
-        self._notifier.send(RELOADING=1, MONOTONIC_USEC=int(trio.current_time() * 1e6))
+        self._notifier.send(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        load = config.load
         try:
-            fresh = await trio.to_thread.run_sync(config.load, self._options.config)
+            fresh = await trio.to_thread.run_sync(load, self._options.config, abandon_on_cancel=True)
         except ConfigError as error:
-            log.error("the configuration stays as it was: %s", error)  # noqa: TRY400  # no stack: it is no bug
+            self._trouble = f"reload refused: {error}"
+            message = "the configuration stays as it was: %s"
+            log.error(message, error, extra=kind("config_refused"))  # noqa: TRY400  # no stack: it is no bug
         else:
-            self._config = fresh
-            low = self._turns.rules.disk_low
-            self._turns.rules = msgspec.structs.replace(fresh.rules(), disk_low=low)
-            for part in (self._directory, self._server, self._janitor, self._supervisor):
-                part.reload(fresh)
-            log.info("configuration reloaded: %d handlers", len(fresh.handlers))
+            self._trouble = ""
+            self._take(fresh)
         self._notifier.send(READY=1, STATUS=self._status())
 
+    def _take(self, fresh: Config) -> None:
+        """Go by this configuration from here on."""
+        changes = config.changes(self._config, fresh)
+        more = [f"and {len(changes) - CHANGES_MAX} more"] if len(changes) > CHANGES_MAX else []
+        self._config = fresh
+        low = self._turns.rules.disk_low
+        self._turns.rules = msgspec.structs.replace(fresh.rules(), disk_low=low)
+        for part in (self._directory, self._server, self._janitor, self._supervisor):
+            part.reload(fresh)
+        told = "; ".join([*changes[:CHANGES_MAX], *more]) or "nothing has changed"
+        message = "configuration reloaded: %d handlers; %s"
+        log.info(message, len(fresh.handlers), told, extra=kind("config_reloaded"))
+
     async def _stop(self, done: trio.CancelScope) -> None:
-        """Pause at a batch boundary, then end."""
+        """Pause at a batch boundary, give the last answers, then end."""
         self._notifier.send(STOPPING=1)
-        await self._turns.asked(inputs.Stop())
         grace_s = self._config.file.worker.pause_grace_s
-        with trio.move_on_after(grace_s) as grace:
-            said_at = -math.inf
-            while any(device.lease for device in self._turns.state.devices.values()):
-                if trio.current_time() - said_at >= STATUS_S:
-                    said_at = trio.current_time()
-                    self._notifier.send(EXTEND_TIMEOUT_USEC=10_000_000, STATUS=self._status())
-                await trio.sleep(0.05)
-        if grace.cancelled_caught:
-            log.warning(
-                "a batch did not end within %.0f s: its worker is killed, the job resumes at its checkpoint",
-                grace_s,
-            )
-        done.cancel()
+        async with trio.open_nursery() as nursery:
+            longest_s = grace_s + ANSWERS_S + STOP_S
+            nursery.start_soon(self._watchdog.ask_for_time, longest_s, self._status)
+            await self._turns.asked(inputs.Stop())
+            with trio.move_on_after(grace_s) as grace:
+                while self._leased():  # noqa: ASYNC110  # once in a life: an event would cost every turn
+                    await trio.sleep(PAUSED_LOOK_S)
+            if grace.cancelled_caught:
+                message = "a batch did not end within %.0f s: its worker is killed, the job resumes at its checkpoint"
+                log.warning(message, grace_s, extra=kind("grace_over"))
+            with trio.move_on_after(ANSWERS_S):
+                await self._server.hush()
+            nursery.cancel_scope.cancel()
+        done.cancel()  # the time asked for last is longer than STOP_S, in which the workers end
+
+    def _leased(self) -> bool:
+        return any(device.lease for device in self._turns.state.devices.values())
 
     async def settle(self) -> None:
         """After a clean end: a snapshot, so that the next start replays nothing, and the seal."""
-        await trio.to_thread.run_sync(self._settle)
+        async with trio.open_nursery() as nursery:
+            ending = "stopping: writing the last snapshot"
+            nursery.start_soon(self._watchdog.ask_for_time, SETTLE_S, lambda: ending)
+            await trio.to_thread.run_sync(self._settle)
+            nursery.cancel_scope.cancel()
+        log.info(
+            "stopped: %d jobs wait for the next start",
+            self._turns.state.book.open_jobs,
+            extra=kind("stopped"),
+        )
 
     def _settle(self) -> None:
         state = self._turns.state
         try:
             self._journal.write_snapshot(state.seq, snapshot.chunks(state))
         except (OSError, SnapshotDamagedError) as error:
-            log.warning("no last snapshot, the next start replays more: %s", error)
+            message = "no last snapshot, the next start replays more: %s"
+            log.warning(message, error, extra=kind("snapshot_failed"))
         self._journal.seal()
 
     async def _until_dead(self, run: Callable[[], Awaitable[None]]) -> None:
@@ -263,41 +329,8 @@ class Daemon:
             await trio.sleep(LAST_ANSWERS_S)
             raise
 
-    # --- systemd ------------------------------------------------------------------------------------------------
-
-    async def _watchdog(self) -> None:
-        period = self._notifier.watchdog_s / 3 or STATUS_S
-        told = ""
-        while True:
-            ill = self._ill()
-            if not ill:
-                self._notifier.send(WATCHDOG=1, STATUS=self._status())
-            elif ill != told:
-                log.critical(
-                    "%s for more than %.0f s: the watchdog is not told that all is well", ill, STUCK_S
-                )
-                self._notifier.send(STATUS=f"stuck: {ill}")
-            told = ill
-            await trio.sleep(min(period, STATUS_S))
-
-    def _ill(self) -> str:
-        """What has not moved for too long: the loop, a sync, the look at the workers; empty if all is well."""
-        now = trio.current_time()
-        sync = self._writer.sync_started_at
-        if now - self._turns.turned_at >= STUCK_S:
-            return "no turn was made"
-        if sync is not None and now - sync >= STUCK_S:
-            return "the disk has been syncing the journal"
-        if now - self._supervisor.looked_at() >= STUCK_S:
-            return "nobody looked at the workers"
-        return ""
-
     def _status(self) -> str:
-        state = self._turns.state
-        running = [_progress(state, device.lease.job_id) for device in state.devices.values() if device.lease]
-        return f"{', '.join(running) or 'idle'}; {state.book.open_jobs - len(running)} waiting" + (
-            "; stopping" if state.stopping else ""
-        )
+        return status(self._turns.state, self._supervisor.progress, self._trouble)
 
     @contextlib.asynccontextmanager
     async def _listener(self) -> AsyncIterator[trio.socket.SocketType]:
@@ -312,10 +345,11 @@ class Daemon:
                 path.unlink(missing_ok=True)
 
 
-def _progress(state: State, job_id: int) -> str:
-    job = state.jobs[job_id]
-    tried = job.checkpoint.done + job.checkpoint.failed
-    return f"job {job_id} of {job.tenant} on {job.device}: {tried}/{job.items}"
+async def _flush_log() -> None:
+    """What systemd's journal did not take at once, it gets as soon as it reads again."""
+    while True:
+        entries.flush()
+        await trio.sleep(LOG_LOOK_S)
 
 
 def state_dir(options: Options) -> Path:
@@ -382,49 +416,61 @@ def _answers(path: Path) -> bool:
         return True
 
 
-def _limit_ourselves() -> None:
+def _prepare_process() -> None:
     os.umask(0o077)
     sys.setswitchinterval(SWITCH_S)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(
+        signal.SIGHUP, signal.SIG_IGN
+    )  # while it starts and ends there is nothing to reload, or to die of
+    if sys.stderr is not None:
+        faulthandler.enable()  # systemd's watchdog aborts: the stacks say where it hung
 
 
 def serve(options: Options) -> int:
     """Run the daemon in the foreground; returns the exit status."""
-    _limit_ourselves()
+    _prepare_process()
+    notifier = Notifier()
     try:
         cfg = config.load(options.config)
         folder = state_dir(options)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        journal = Journal(folder / "journal")
-        return _serve(options, cfg, journal)
+        return _serve(options, cfg, Journal(folder / "journal"), notifier)
     except ConfigError as error:
-        log.critical("%s", error)
-        return EX_CONFIG
+        return _refuse(notifier, str(error), EX_CONFIG, errno.EINVAL)
     except StartError as error:
-        log.critical("%s", error)
-        return error.status
+        return _refuse(notifier, str(error), error.status, error.code)
     except OSError as error:
-        log.critical("%s", f"{error.filename}: {error.strerror}" if error.filename else error)
-        return EX_TEMPFAIL if error.errno in PASSING else EX_CONFIG
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code = error.errno or errno.EIO
+        return _refuse(notifier, what, EX_TEMPFAIL if error.errno in PASSING else EX_CONFIG, code)
 
 
-def _serve(options: Options, cfg: Config, journal: Journal) -> int:
+def _refuse(notifier: Notifier, why: str, status: int, code: int) -> int:
+    """Tell everybody why there is no daemon; `code` is what systemd shows as the error."""
+    log.critical("%s", why, extra=kind("start_refused"))
+    notifier.send(STATUS=f"refused: {why}", ERRNO=code)
+    return status
+
+
+def _serve(options: Options, cfg: Config, journal: Journal, notifier: Notifier) -> int:
     status = 0
     gc.disable()  # replay makes no garbage that needs a collector, and millions of things for it to walk
     try:
+        notifier.send(STATUS="starting: reading the journal")
         recovered = journal.open()
-        daemon = Daemon(options, cfg, journal, recovered)
+        _say_recovered(recovered)
+        daemon = Daemon(options, cfg, journal, recovered, notifier)
     except JournalBusyError as error:
-        raise StartError(str(error)) from None
+        raise StartError(str(error), code=errno.EBUSY) from None
     except JournalError as error:
-        log.critical("%s; `gpujobd fsck --state-dir %s` tells more", error, state_dir(options))
-        return EX_CONFIG
+        what = f"{error}; `gpujobd fsck --state-dir {state_dir(options)}` tells more"
+        raise StartError(what, EX_CONFIG, errno.EUCLEAN) from None
     except JournalDead as dead:
-        log.critical("the journal cannot be opened: %s", dead)
-        return EX_TEMPFAIL
+        raise StartError(f"the journal cannot be opened: {dead}", EX_TEMPFAIL, errno.EIO) from None
     del recovered
     gc.freeze()
     gc.set_threshold(*COLLECTIONS)
@@ -432,11 +478,26 @@ def _serve(options: Options, cfg: Config, journal: Journal) -> int:
     try:
         trio.run(_run, daemon)
     except* JournalDead as dead:
-        log.critical("the journal is dead, nothing of what was in flight was accepted: %s", _first(dead))
+        message = "the journal is dead, nothing of what was in flight was accepted: %s"
+        log.critical(message, _first(dead), extra=kind("journal_dead"))
+        notifier.send(STATUS=f"the journal is dead: {_first(dead)}", ERRNO=errno.EIO)
         status = EX_TEMPFAIL
     finally:
         journal.close()
     return status
+
+
+def _say_recovered(recovered: Recovered) -> None:
+    """What the last run left behind, where it is not as it should be."""
+    if recovered.torn:
+        message = "the last write was cut short: it was acknowledged to nobody, and is set aside"
+        log.warning(message, extra=kind("journal_torn"))
+    for name, why in recovered.damaged_snapshots.items():
+        message = "%s is damaged, an older one serves: %s"
+        log.error(message, name, why, extra=kind("snapshot_damaged"))
+    for first, last in recovered.lost:
+        message = "records %d to %d of the journal were given up by fsck"
+        log.warning(message, first, last, extra=kind("journal_lost"))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

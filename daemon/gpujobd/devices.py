@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from gpujobd.catalog import kind
 from gpujobd.config import Config, interpreter
 from gpujobd.worker_process import environment
 
@@ -50,7 +51,7 @@ async def find_devices(config: Config) -> tuple[str, ...]:
 
 
 async def _count(python: str, path: tuple[str, ...], counts: list[int]) -> None:
-    extra = {"event": "devices_probed"}
+    extra = kind("probe_failed")
     try:
         with trio.fail_after(PROBE_S):
             probe = await trio.run_process(

@@ -14,6 +14,7 @@ import msgspec
 import trio
 from msgspec.structs import replace
 
+from gpujobd.catalog import kind
 from gpujobd.config import Config
 from gpujobd.core import inputs, snapshot
 from gpujobd.core.events import AnyEvent, Removed, ReservationReleased, Submitted, decode
@@ -106,7 +107,7 @@ class Janitor:
             try:
                 await self._do(chore)
             except OSError as error:
-                log.warning("files after %s: %s", type(chore).__name__, error)
+                log.warning("files after %s: %s", type(chore).__name__, error, extra=kind("files_failed"))
 
     async def _do(self, chore: Chore) -> None:
         match chore:
@@ -142,7 +143,10 @@ class Janitor:
         low = free < self._config.file.limits.disk_free_bytes_min
         if low != self._turns.rules.disk_low:
             self._turns.rules = replace(self._turns.rules, disk_low=low)
-            log.warning("disk space is %s: %d bytes free", "low" if low else "enough again", free)
+            extra = kind("disk_low" if low else "disk_enough")
+            log.warning(
+                "disk space is %s: %d bytes free", "low" if low else "enough again", free, extra=extra
+            )
         self._turns.put(inputs.DiskSpace(full=free < LEASE_ROOM_BYTES, detail=f"{free} bytes free"))
 
     def _snapshot_is_due(self) -> bool:
@@ -158,13 +162,14 @@ class Janitor:
         try:
             await trio.to_thread.run_sync(self._journal.write_snapshot, seq, chunks)
         except (OSError, SnapshotDamagedError) as error:  # nothing is lost by it: the journal keeps growing
-            log.warning("no snapshot was written: %s", error)
+            log.warning("no snapshot was written: %s", error, extra=kind("snapshot_failed"))
             return
         self._snapshot_seq = seq
         try:
             await self._spill()
         except OSError as error:
-            log.warning("inputs stay in the journal, which keeps growing: %s", error)
+            message = "inputs stay in the journal, which keeps growing: %s"
+            log.warning(message, error, extra=kind("spill_failed"))
         await self._drop()
 
     async def _spill(self) -> None:
@@ -178,7 +183,7 @@ class Janitor:
         history = self._config.file.limits.events_bytes_max
         dropped = await trio.to_thread.run_sync(self._journal.drop_segments, held, history)
         if dropped:
-            log.info("dropped %d old journal segments", dropped)
+            log.info("dropped %d old journal segments", dropped, extra=kind("segments_dropped"))
 
 
 def inline_input(journal: Journal, seq: int) -> bytes:

@@ -16,6 +16,8 @@ from typing import Final
 
 import trio
 
+from gpujobd.catalog import kind
+
 BUFFER_BYTES_MAX: Final = 4 << 20  # waiting to be written; beyond it, on a disk that slow, output is dropped
 ADMITTED_BYTES_MAX: Final = 256 << 10  # a lease, beyond the bound
 
@@ -106,7 +108,7 @@ class JobLog:
             self._on_log(self.job_id)
 
     def _complain(self, error: OSError) -> None:
-        extra = {"event": "log_lost", "job_id": self.job_id}
+        extra = kind("job_log_failed", job_id=self.job_id)
         logger.warning("log of job %d: %s", self.job_id, error, extra=extra)
 
 

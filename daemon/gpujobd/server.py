@@ -24,6 +24,7 @@ from msgspec.structs import replace
 
 from gpujobd import __version__, protocol, views
 from gpujobd.access import Directory, Peer, peer
+from gpujobd.catalog import kind
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection, Connections
 from gpujobd.core import inputs, model, policy
@@ -47,6 +48,7 @@ log = logging.getLogger("gpujobd.server")
 
 CONNECTIONS_MAX: Final = 512
 CONNECTIONS_RESERVED: Final = 16  # the last ones are for administrators
+SPOKEN_S: Final = 0.02
 COMPLAIN_S: Final = 60.0  # about callers that were turned away: once in so long
 JOBS_A_PASS: Final = 16  # shown between two looks at who else wants the loop: about half a millisecond
 PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are their owners' choice
@@ -89,6 +91,7 @@ class Server:
         self._connections = Connections()
         self._places = _places()
         self._complained_at = -math.inf
+        self._accepting = trio.CancelScope()
         self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
         self._verbs: dict[type, Verb] = {
             protocol.Ping: self._ping,
@@ -127,6 +130,15 @@ class Server:
     def reload(self, config: Config) -> None:
         self._config = config
 
+    async def hush(self) -> None:
+        """The daemon is about to end: nothing more is asked, and what was asked is answered; then return."""
+        self._connections.hush()
+        self._accepting.cancel()
+        await self._turns.answered()
+        await trio.sleep(SPOKEN_S)  # tasks that waited for the answer say it now
+        while not self._connections.taken:  # noqa: ASYNC110  # as in Turns.answered
+            await trio.sleep(SPOKEN_S)
+
     # --- connections --------------------------------------------------------------------------------------------
 
     async def run(self, listener: trio.socket.SocketType) -> None:
@@ -134,16 +146,22 @@ class Server:
         places = trio.Semaphore(self._places)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._connections.run)
-            while True:
-                await places.acquire()
-                try:
-                    sock, _ = await listener.accept()
-                except OSError as error:  # the peer hung up in the queue, or the host is out of descriptors
-                    places.release()
-                    self._complain(f"accept: {error.strerror}")
-                    await trio.sleep(0.1)
-                    continue
-                nursery.start_soon(self._serve, sock, places)
+            with self._accepting:
+                await self._accept(listener, places, nursery)
+
+    async def _accept(
+        self, listener: trio.socket.SocketType, places: trio.Semaphore, nursery: trio.Nursery
+    ) -> None:
+        while True:
+            await places.acquire()
+            try:
+                sock, _ = await listener.accept()
+            except OSError as error:  # the peer hung up in the queue, or the host is out of descriptors
+                places.release()
+                self._complain(f"accept: {error.strerror}")
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(self._serve, sock, places)
 
     async def _serve(self, sock: trio.socket.SocketType, places: trio.Semaphore) -> None:
         try:
@@ -184,7 +202,8 @@ class Server:
         """Warn, but not as often as a caller wants."""
         if trio.current_time() - self._complained_at >= COMPLAIN_S:
             self._complained_at = trio.current_time()
-            log.warning("%s (said at most once in %.0f s)", message, COMPLAIN_S)
+            extra = kind("callers_turned_away")
+            log.warning("%s (said at most once in %.0f s)", message, COMPLAIN_S, extra=extra)
 
     def _welcome(self, hello: protocol.Hello, found: Peer) -> protocol.Welcome | protocol.Error:
         if protocol.VERSION not in hello.versions:
@@ -586,7 +605,8 @@ def _places() -> int:
     if limit == resource.RLIM_INFINITY or limit >= 4 * CONNECTIONS_MAX:
         return CONNECTIONS_MAX
     places = max(8, min(CONNECTIONS_MAX, limit // 4))
-    log.warning("only %d connections at a time: RLIMIT_NOFILE is %d", places, limit)
+    extra = kind("few_connections")
+    log.warning("only %d connections at a time: RLIMIT_NOFILE is %d", places, limit, extra=extra)
     return places
 
 

@@ -25,6 +25,8 @@ from typing import Final
 
 import msgspec
 
+from gpujobd.catalog import kind
+
 log = logging.getLogger("gpujobd.spool")
 
 SYNC_EVERY_BYTES: Final = 4 << 20  # so that the last sync of a 200 MB input does not stall everybody's
@@ -334,7 +336,8 @@ def _deleted(name: str, folder: int) -> bool:
     try:
         _delete(name, folder)
     except OSError as error:
-        log.warning("%s belongs to no job and cannot be deleted: %s", name, error.strerror)
+        message = "%s belongs to no job and cannot be deleted: %s"
+        log.warning(message, name, error.strerror, extra=kind("sweep_failed"))
         return False
     return True
 

@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from gpujobd import cgroup
-from gpujobd.config import Config, threads
+from gpujobd.config import Config
 from gpujobd.core import inputs
 from gpujobd.core.model import Device, Job, Lease, State
 from gpujobd.devices import find_devices
@@ -105,10 +105,7 @@ class Supervisor:
         """Take over a new configuration: workers of changed handlers go as soon as they hold no lease."""
         self._config = config
         for worker in self._workers.values():
-            handler = config.handlers.get(worker.name)
-            same = handler == worker.handler and threads(config, handler) == threads(worker.config, handler)
-            worker.stale = worker.stale or not same
-            worker.config = config if not worker.stale else worker.config
+            worker.reload(config)
         self.poke()
 
     def progress(self, job_id: int) -> Progress | None:

@@ -25,16 +25,23 @@ class OwnThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def alive(self) -> bool:
+        """False: it was there, and died."""
+        return self._thread is None or self._thread.is_alive()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._work, name=self._name)
+        thread = self._thread = threading.Thread(target=self._work, name=self._name)
         thread.start()
         try:
             yield
         finally:
             self._calls.put(None)
             thread.join()  # at once: no call is left, see rule 2
+            self._thread = None
 
     async def do(self, call: Callable[[], T]) -> T:
         """Run `call` there; returns or raises what it does."""

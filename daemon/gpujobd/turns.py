@@ -29,6 +29,7 @@ from gpujobd.core.model import Rules, State
 from gpujobd.journal import JournalDead
 
 INPUTS_A_TURN: Final = 512  # then others get the loop: about 5 ms
+ANSWERED_LOOK_S: Final = 0.01
 TICK_S: Final = 0.25  # begin times, deadlines and turns are seen this late at most
 
 Outcome = list[AnyEvent] | Refused | JournalDead
@@ -170,6 +171,11 @@ class Turns:
         while self._waiting and self._waiting[0][0] <= self.state.seq:
             _, answer, events = self._waiting.popleft()
             answer(events)
+
+    async def answered(self) -> None:
+        """Wait until everybody who asked has the answer. Only of use where nobody asks any more."""
+        while self._inbox or self._waiting:  # noqa: ASYNC110  # an event would cost every answer
+            await trio.sleep(ANSWERED_LOOK_S)
 
     def die(self, reason: JournalDead) -> None:
         """The journal is dead: everybody who waits is told at once, and everybody who comes."""

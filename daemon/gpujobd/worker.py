@@ -39,6 +39,7 @@ import psutil
 import trio
 
 from gpujobd import worker_messages as messages
+from gpujobd.catalog import kind
 from gpujobd.config import Config, Handler, interpreter, threads
 from gpujobd.core import inputs
 from gpujobd.core.model import Span, Timings
@@ -156,7 +157,7 @@ class Worker:
 
     async def _talk(self, process: WorkerProcess) -> None:
         await process.talk(self)
-        self._log("worker ended", "worker_ended", status=process.status)
+        self._log(f"worker {process.pid} ended: status {process.status}", "worker_ended")
         assert process.status is not None
         self.kill("died", why_it_died(process.status, out_of_memory=process.kin.out_of_memory()))
 
@@ -202,7 +203,7 @@ class Worker:
             suspects = await trio.to_thread.run_sync(
                 read_suspects, grant.folder, grant.attempt, grant.job.items, abandon_on_cancel=True
             )
-        self._log(f"lease lost: {self._cause}: {self._detail}", "lease_lost", level=logging.WARNING)
+        self._log(f"lease lost: {self._cause}: {self._detail}", "lease_lost", level=logging.DEBUG)
         await self._close_log(grant)
         self.grant = None
         self._report(
@@ -318,7 +319,7 @@ class Worker:
         if self.grant and self.grant.log:
             (self.grant.log.admit if self.phase in ENDING else self.grant.log.feed)(output)
         elif output:
-            logger.debug("%s", output.decode(errors="replace").rstrip(), extra=self._extra("worker_output"))
+            logger.debug("%s", output.decode(errors="replace").rstrip(), extra=self._extra("worker_printed"))
             self._tail += output
             del self._tail[:-TAIL_BYTES]
 
@@ -332,7 +333,7 @@ class Worker:
         self.idle_since = trio.current_time()
         self._enter(Phase.IDLE)
         load_ns = round(message.load_s * 1e9)
-        self._log(f"{self.name} loaded in {message.load_s:.1f} s", "handler_loaded")
+        self._log(f"{self.name} loaded in {message.load_s:.1f} s", "handler_loaded", level=logging.DEBUG)
         self._report(
             inputs.Loaded(
                 device=self.device, handler=self.name, load_ns=load_ns, vram_bytes=message.vram_bytes
@@ -454,23 +455,34 @@ class Worker:
 
     def _load(self) -> None:
         assert self._process is not None
-        timeouts = self.config.file.worker
-        self._enter(Phase.LOADING, timeouts.load_timeout_s)
+        self._enter(Phase.LOADING, self.config.file.worker.load_timeout_s)
         self._log(f"worker {self._process.pid} loads {self.name} on {self.device}", "worker_started")
-        order = messages.Load(
+        try:
+            self._process.send(self._order(self.config))
+        except ValueError as error:
+            self._condemn("load", f"params: {error}")
+
+    def _order(self, config: Config) -> messages.Load:
+        timeouts = config.file.worker
+        return messages.Load(
             handler=self.name,
             entry=self.handler.entry,
             path=self.handler.path,
             device=self.device,
             params=self.handler.params,
-            threads=threads(self.config, self.handler),
+            threads=threads(config, self.handler),
             heartbeat_s=min(HEARTBEAT_S, timeouts.silent_timeout_s / 4),
             checkpoint_s=timeouts.checkpoint_s,
         )
-        try:
-            self._process.send(order)
-        except ValueError as error:
-            self._condemn("load", f"params: {error}")
+
+    def reload(self, config: Config) -> None:
+        """A new configuration: if it would be told something else at its start now, its next lease is another's."""
+        same = config.handlers.get(self.name) == self.handler and self._order(config) == self._order(
+            self.config
+        )
+        self.stale = self.stale or not same
+        if not self.stale:
+            self.config = config
 
     def _overdue(self) -> None:
         if self.phase is Phase.LOADING:
@@ -508,9 +520,17 @@ class Worker:
         except psutil.Error:
             return "dead"
 
-    def _log(self, text: str, event: str, *, level: int = logging.INFO, **more: object) -> None:
-        logger.log(level, "%s", text, extra=self._extra(event) | more)
+    def _log(self, text: str, event: str, *, level: int = logging.INFO) -> None:
+        logger.log(level, "%s", text, extra=self._extra(event), stacklevel=2)
 
     def _extra(self, event: str) -> dict[str, object]:
-        job = {"job_id": self.grant.job.job_id} if self.grant else {}
-        return {"event": event, "device": self.device, "handler": self.name, **job}
+        job = self.grant.job if self.grant else None
+        return kind(
+            event,
+            device=self.device,
+            handler=self.name,
+            worker_pid=self._process.pid if self._process else None,
+            job_id=job.job_id if job else None,
+            tenant=job.tenant if job else None,
+            attempt=self.grant.attempt if self.grant else None,
+        )

@@ -41,6 +41,11 @@ class Writer:
         self._thread = OwnThread("journal")
         self._spares_thread = trio.CapacityLimiter(1)
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to write; before and after run() nothing is missed."""
+        return self._thread.alive
+
     def add(self, records: list[bytes]) -> int:
         """Queue them for the next frame; the number of the last. They count once `committed` reaches it.
 
