@@ -339,11 +339,18 @@ def _toml(field: msgspec.structs.FieldInfo) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:_}"
 
 
-def configuration_list() -> Iterator[str]:
-    from gpujobd import config
+def keys_of(section: str) -> Callable[[], Iterator[str]]:
+    """The list of the keys of one section of gpujobd.toml; "": of those that stand before any."""
 
-    yield from _key_lines(config.File, "")
-    yield from _key_lines(config.TenantSection, "tenants.NAME.")
+    def lines() -> Iterator[str]:
+        from gpujobd import config
+
+        if section == "tenants":
+            return _key_lines(config.TenantSection, "tenants.NAME.")
+        every = _key_lines(config.File, "")
+        return (line for line in every if _word_of(line).rpartition(".")[0] == section)
+
+    return lines
 
 
 def handler_list() -> Iterator[str]:
@@ -445,7 +452,13 @@ TABLES: Final[dict[str, Callable[[], tuple[Row, list[Row]]]]] = {
     "log fields": log_fields,
 }
 LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
-    "configuration": configuration_list,
+    "keys": keys_of(""),
+    "keys limits": keys_of("limits"),
+    "keys retention": keys_of("retention"),
+    "keys scheduler": keys_of("scheduler"),
+    "keys worker": keys_of("worker"),
+    "keys access": keys_of("access"),
+    "keys tenants": keys_of("tenants"),
     "handler keys": handler_list,
     "exit codes": exit_list,
     "daemon exit codes": daemon_exit_list,

@@ -6,11 +6,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import click
 import documents
+import gpujobd_worker
 import pytest
 from documents import ROOT
+from gpujobd import config
 from gpujobd.__main__ import main as gpujobd
 from jobctl.__main__ import cli as jobctl
 
@@ -29,7 +32,7 @@ def test_made_list_is_as_the_code_has_it(page, part):
 @pytest.mark.parametrize(("page", "part"), PARTS)
 def test_every_entry_is_explained(page, part):
     entries = documents.entries(documents.parts(PAGES[page])[part])
-    assert len(entries) > 1
+    assert entries
     assert [word for word, meaning in entries.items() if not meaning.strip()] == []
 
 
@@ -37,6 +40,14 @@ def test_every_mark_is_a_list():
     for page, text in PAGES.items():
         opened = len(re.findall(r'^\.\\" made: ', text, re.MULTILINE))
         assert len(documents.parts(text)) == opened == text.count('\n.\\" end\n'), page
+
+
+def test_every_key_of_the_configuration_is_in_its_page():
+    page = documents.parts(PAGES["man/gpujobd.toml.5"])
+    told = {
+        word for part, body in page.items() if part.startswith("keys") for word in documents.entries(body)
+    }
+    assert told == {row[0].strip("`") for row in documents.configuration()[1]}
 
 
 # --- form ---------------------------------------------------------------------------------------------------------
@@ -132,7 +143,7 @@ def command_lines(program):
 
 def calls(line, program):
     """The arguments of every call of the program in a line of shell; redirections are left out."""
-    line = re.sub(r"\d?>&?\d?( \w[\w.]*)?|runuser -u \w+ -- ", "", line)
+    line = re.sub(r"\d?>&?\d?( \w[\w./]*)?|runuser -u \w+ -- ", "", line)
     if not re.search(rf"\b{program}(?![\w:.-])", line):
         return
     at_start, words = True, None
@@ -172,3 +183,70 @@ def test_command_of_jobctl_in_an_example_is_one_that_it_takes(page, arguments):
 def test_command_of_gpujobd_in_an_example_is_one_that_it_takes(page, arguments):
     command = gpujobd.commands[arguments[0]]
     assert command.make_context(arguments[0], arguments[1:]).command is command
+
+
+def files(page):
+    """Path and text of every file in the examples: those that begin with its path as a comment."""
+    for block in examples(page):
+        if found := re.match(r"# (/?[\w./-]+\.(?:py|toml))\n", block):
+            yield found[1], block
+
+
+ALL_FILES = [file for page in PAGES for file in files(page)]
+
+
+@pytest.mark.parametrize("text", [text for path, text in ALL_FILES if path.endswith(".toml")])
+def test_configuration_in_an_example_is_good(tmp_path, text):
+    path = text.split()[1]
+    folder = tmp_path / "handlers.d" if "handlers.d" in path else tmp_path
+    (tmp_path / "handlers.d").mkdir()
+    (tmp_path / "gpujobd.toml").write_text("")
+    name = path.rpartition("/")[2]
+    (folder / name).write_text(
+        re.sub(r'^python = ".*"', f'python = "{sys.executable}"', text, flags=re.MULTILINE)
+    )
+    loaded = config.load(tmp_path / "gpujobd.toml")
+    assert set(loaded.handlers) == ({name.removesuffix(".toml")} if "handlers.d" in path else {"checksum"})
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """A folder with the Python files of the examples, on the import path."""
+    names = [path.rpartition("/")[2] for path, _ in ALL_FILES if path.endswith(".py")]
+    for path, text in ALL_FILES:
+        if path.endswith(".py"):
+            (tmp_path / path.rpartition("/")[2]).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in names:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_first_handler_of_the_page_does_what_the_page_says(modules):
+    from lengths import Lengths
+
+    assert Lengths(device="cpu")([{"text": "abc"}]) == [{"characters": 3}]
+
+
+def test_torch_handler_of_the_page_works_and_runs_in_ray_data(modules):
+    torch = pytest.importorskip("torch")
+    import iris
+    from for_ray import ForRay
+
+    model = str(modules / "iris.pt")
+    torch.manual_seed(1)
+    torch.save(iris.network().state_dict(), model)
+    handler = iris.Iris(device="cpu", model=model)
+    batch = [{"features": [5.1, 3.5, 1.4, 0.2]}, {"features": [6, 3, 5, 2]}]
+    for item in batch:
+        handler.check(item)
+    for bad in ({}, {"features": [1, 2]}, {"features": ["a"] * 4}):
+        with pytest.raises(ValueError, match="number"):
+            handler.check(bad)
+    outputs = handler(batch)
+    assert [sorted(output) for output in outputs] == [["chance", "label"]] * 2
+    refused = handler(batch, least=1.0)
+    assert [type(output) for output in refused] == [gpujobd_worker.Rejected] * 2
+    columns = {"features": torch.tensor([item["features"] for item in batch]).numpy()}
+    in_ray = ForRay(device="cpu", model=model)(columns)
+    assert in_ray == {key: [output[key] for output in outputs] for key in outputs[0]}
