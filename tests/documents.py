@@ -11,6 +11,8 @@ In a manual page the marks are roff comments, and the part is a list:
     What it means.
     .\\" end
 
+The configuration that the Debian package installs is made as a whole: what a key means is taken from DESIGN.md.
+
     python tests/documents.py              say which parts are not as the code has them
     python tests/documents.py --rewrite    make them anew
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -305,6 +308,40 @@ def configuration() -> tuple[Row, list[Row]]:
     return ("key in gpujobd.toml", "default", "what"), rows
 
 
+def configuration_file() -> str:
+    """Every key of gpujobd.toml as a comment with its default, below what DESIGN.md says of it."""
+    body = parts((ROOT / "DESIGN.md").read_text(encoding="utf-8"))["configuration"]
+    meanings, written, section = explained(body), [CONFIGURATION_HEAD], ""
+    for name, default in configuration()[1]:
+        above, _, key = name.strip("`").rpartition(".")
+        if above == "tenants.NAME":
+            break  # a key with a name in it has no default to show
+        if above != section:
+            section = above
+            written.append(f"\n[{section}]")
+        what = meanings.get(name, "").replace("`", "")
+        written += [
+            *textwrap.wrap(what, 110, initial_indent="# ", subsequent_indent="# "),
+            f"#{key} = {default}",
+        ]
+    return "\n".join(written) + CONFIGURATION_TAIL
+
+
+CONFIGURATION_HEAD: Final = """\
+# The configuration of gpujobd. Every key is optional, and stands here with its default; gpujobd.toml(5) tells more of each.
+# `gpujobd check` says whether the file is good, `systemctl reload gpujobd` takes it over.
+# Handlers have a file each in handlers.d/ beside this one; /usr/share/doc/gpujobd/examples/ has one to start from.
+"""
+CONFIGURATION_TAIL: Final = """
+
+# Every user is the tenant of his own name. A section changes what a tenant may have, or makes one of several users.
+#[tenants.research]
+#share = 4
+#queued_jobs_max = 200
+#members = ["alice", "@research"]
+"""
+
+
 def handler_keys() -> tuple[Row, list[Row]]:
     from gpujobd import config
 
@@ -468,6 +505,7 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "item codes": words(item_codes),
 }
 FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "record")}
+FILES: Final[dict[str, Callable[[], str]]] = {"packaging/gpujobd.toml": configuration_file}
 DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
 MANUALS: Final = ("man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7")
 
@@ -484,6 +522,13 @@ def main() -> int:
         elif now != text:
             made = make_list if is_manual(text) else make
             stale += [f"{name}: {part}" for part, body in parts(text).items() if made(part, body) != body]
+    for name, make_file in FILES.items():  # last: they are made from the documents
+        path, now = ROOT / name, make_file()
+        if path.read_text(encoding="utf-8") != now and "--rewrite" in sys.argv[1:]:
+            path.write_text(now, encoding="utf-8")
+            print(f"{name}: rewritten")
+        elif path.read_text(encoding="utf-8") != now:
+            stale.append(name)
     print("\n".join(stale) or "the documents say what the code does")
     return 1 if stale else 0
 

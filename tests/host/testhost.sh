@@ -175,6 +175,7 @@ in_chroot() {
     if [[ " $* " == *" -- "* ]]; then while [ "$1" != -- ]; do args+=("$1"); shift; done; shift; fi
     TESTHOST_NAME=$NAME-chroot-$$; host "$TESTHOST_NAME"
     build; fresh
+    export SYSTEMD_NSPAWN_TMPFS_TMP=0         # else /tmp is a tenth of the memory: too small for a test suite
     trap 'drop_cgroup; rm -rf --one-file-system "$WORK"' EXIT
     unshare --mount --propagation private "$SELF" _stage1 --as-pid2 --console=autopipe \
         --resolv-conf=copy-host "${args[@]}" -- "$@"
