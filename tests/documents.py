@@ -457,6 +457,12 @@ def daemon_exit_list() -> Iterator[str]:
     return (f"Sy {status}" for status in (0, 1, daemon.EX_TEMPFAIL, daemon.EX_CONFIG))
 
 
+def log_field_list() -> Iterator[str]:
+    from gpujobd.catalog import FIELDS
+
+    return (f"Va {there}" for there in FIELDS.values())
+
+
 def refusal_list() -> Iterator[str]:
     return (f"Cm {code} Pq exit {status}" for code, status in error_codes()[1])
 
@@ -499,6 +505,7 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "handler keys": handler_list,
     "exit codes": exit_list,
     "daemon exit codes": daemon_exit_list,
+    "log fields": log_field_list,
     "refusals": refusal_list,
     "reasons": words(reasons),
     "yields": words(yields),

@@ -83,30 +83,53 @@ def options(command):
     return {word for param in params for word in param.opts}
 
 
-def described(page, mark):
-    """Verb to the options in its entry: `.It Ic VERB` or `.It Cm VERB`, then `.It Fl OPTION` until the next verb."""
-    found, verb = {}, ""
+def described(page):
+    """Verb to its options in the page, each with its entry; "" is the verb's own, inner lists without options included.
+
+    `.It Ic VERB`, then `.It Fl OPTION`, until the next verb or section.
+    """
+    found, verb, here = {}, "", [""]
     for line in PAGES[page].splitlines():
-        if line.startswith(f".It {mark} "):
-            verb = line.split()[2]
-            found[verb] = set()
+        if line.startswith(".It Ic "):
+            verb, here = line.split()[2], [""]
+            found[verb] = {"": ""}
         elif line.startswith(".Sh"):
             verb = ""
         elif verb and line.startswith(".It Fl "):
-            found[verb] |= {f"-{word.split()[0]}" for word in re.split(r"(?: ,)? ?Fl ", line[3:])[1:]}
+            here = [f"-{word.split()[0]}" for word in re.split(r"(?: ,)? ?Fl ", line[3:])[1:]]
+        if verb:
+            for option in here:
+                found[verb][option] = found[verb].get(option, "") + line + "\n"
     return found
+
+
+def told(page):
+    return {verb: entries.keys() - {""} for verb, entries in described(page).items()}
 
 
 def test_every_command_of_jobctl_is_in_its_page_with_every_option_and_no_other():
     commands = {name: jobctl.get_command(None, name) for name in jobctl.list_commands(None)}
     of_all = {"--json", "--socket"}
-    assert described("man/jobctl.1", "Ic") == {name: options(v) - of_all for name, v in commands.items()}
+    assert told("man/jobctl.1") == {name: options(v) - of_all for name, v in commands.items()}
 
 
 def test_every_command_of_gpujobd_is_in_its_page_with_every_option_and_no_other():
-    assert described("man/gpujobd.8", "Ic") == {
-        name: options(verb) for name, verb in gpujobd.commands.items()
-    }
+    assert told("man/gpujobd.8") == {name: options(verb) for name, verb in gpujobd.commands.items()}
+
+
+def choices():
+    """Every parameter with choices: (page, verb, option or "", its choices)."""
+    for page, program in (("man/jobctl.1", jobctl), ("man/gpujobd.8", gpujobd)):
+        for name in program.list_commands(None):
+            for param in program.get_command(None, name).params:
+                if isinstance(param.type, click.Choice):
+                    option = param.opts[0] if isinstance(param, click.Option) else ""
+                    yield page, name, option, set(param.type.choices)
+
+
+@pytest.mark.parametrize(("page", "verb", "option", "words"), list(choices()))
+def test_every_choice_is_told(page, verb, option, words):
+    assert words <= set(re.findall(r"[\w-]+", described(page)[verb][option]))
 
 
 def test_options_of_all_commands_are_told_once():
