@@ -36,20 +36,20 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.sock.connect(
-                str(path)
-            )  # before the timeout is set: with one, a full queue is an error, not a wait
-        except OSError:
-            self.sock.close()
-            raise
-        self.sock.settimeout(HANG_S)
         self.frames = protocol.Frames()
         self.replies: list[protocol.AnyReply] = []
         self.fds: list[int] = []
         self.last_id = 0
-        self.send(protocol.Hello([protocol.VERSION], "tests"))
-        self.welcome = self.receive()
+        try:
+            self.sock.connect(
+                str(path)
+            )  # before the timeout is set: with one, a full queue is an error, not a wait
+            self.sock.settimeout(HANG_S)
+            self.send(protocol.Hello([protocol.VERSION], "tests"))
+            self.welcome = self.receive()
+        except OSError:
+            self.sock.close()
+            raise
 
     def __enter__(self) -> Client:
         return self
@@ -137,6 +137,8 @@ class Host:
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
         self.socket = folder / "control.sock"
+        self.program: list[object] = [sys.executable, "-m", "gpujobd"]
+        self.environment: dict[str, str] = {}  # on top of ours
         self.process: subprocess.Popen[bytes] | None = None
         self.configure(config, handlers or {})
 
@@ -159,15 +161,23 @@ class Host:
 
     def start(self) -> None:
         """Start it and return when it answers."""
+        self.launch()
+        self.wait_until_it_answers()
+
+    def launch(self) -> None:
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *[sys.executable, "-m", "gpujobd", "serve", "--config", self.folder / "gpujobd.toml"],
+                    *[*self.program, "serve", "--config", self.folder / "gpujobd.toml"],
                     *["--state-dir", self.folder / "state", "--socket", self.socket],
                 ],
                 stderr=log,
                 cwd=self.folder,
+                env=os.environ | self.environment,
             )
+
+    def wait_until_it_answers(self) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + HANG_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log()
