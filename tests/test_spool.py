@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -110,6 +111,37 @@ def test_an_input_from_the_journal_is_synced_before_the_journal_lets_go_of_it(sp
     assert syncs == [str(spool.path(1) / "input.jsonl"), str(spool.path(1)), str(spool.root / "jobs")]
 
 
+def test_an_input_whose_sync_failed_is_not_synced_again_but_written_anew(spool, monkeypatch):
+    """The kernel may count the lost pages as clean: the second sync says that all is well."""
+    spool.place(1, lambda: b"{}\n")
+    lost = (spool.path(1) / "input.jsonl").stat().st_ino
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="device"):
+            spool.settle(1)
+    with pytest.raises(OSError, match="written anew"):
+        spool.settle(1)
+    spool.place(1, lambda: b"{}\n")
+    spool.settle(1)
+    assert (spool.path(1) / "input.jsonl").stat().st_ino != lost
+
+
+def refuse(fd):
+    raise OSError(errno.EIO, "the device refused")
+
+
+def test_the_name_of_a_jobs_folder_is_synced_before_an_input_moves_in(spool, monkeypatch):
+    stream(spool, 5, b"{}\n")
+    jobs, done = os.stat(spool.root / "jobs").st_ino, []
+    real_sync, real_rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.fstat(fd).st_ino), real_sync(fd)))
+    monkeypatch.setattr(
+        os, "rename", lambda *names, **folders: (done.append("moved"), real_rename(*names, **folders))
+    )
+    spool.prepare(1, 5)
+    assert jobs in done[: done.index("moved")]
+
+
 def test_an_input_that_is_nowhere_is_said_so(spool):
     with pytest.raises(FileNotFoundError):
         spool.prepare(1, 77)
@@ -154,7 +186,7 @@ def test_what_an_earlier_run_made_is_synced_before_it_is_relied_on(spool, syncs)
     later = Spool(spool.root)
     syncs.clear()
     later.prepare(1, 5)
-    assert syncs == [str(spool.path(1)), str(spool.root / "jobs")]
+    assert syncs == [str(spool.root / "jobs"), str(spool.path(1))]
     later.prepare(1, 5)
     assert len(syncs) == 2
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
 
 import pytest
-from gpujobd_worker import lines
+from gpujobd_worker import files, lines
 from gpujobd_worker.failures import Failure
 from gpujobd_worker.files import LeaseLost
 from gpujobd_worker.lines import LINE_BYTES_MAX, TooLong, chunks, cut_lines, parse
@@ -97,3 +98,20 @@ objects = st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=
 def test_parsing_many_lines_is_parsing_each(texts):
     found = [None if isinstance(item, Failure) else item for item in parse(texts)]
     assert found == [naively(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"), [(errno.ENOENT, "input_lost"), (errno.EIO, "died"), (errno.EMFILE, "died")]
+)
+def test_an_input_that_the_disk_refuses_is_not_lost(monkeypatch, number, cause):
+    def refuse(*args: object, **kwargs: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(LeaseLost) as lost:
+        files.open_to_read("input.jsonl")
+    assert lost.value.cause == cause
+    if number != errno.ENOENT:  # a job that is no retry has none
+        with pytest.raises(LeaseLost) as lost:
+            lines.read_numbers(0, 1)
+        assert lost.value.cause == cause

@@ -43,6 +43,25 @@ def sizes_of(files: JobFiles, synced: dict[int, int]) -> tuple[int, int]:
     return tuple(synced.get(os.stat(name, dir_fd=files.folder).st_ino, 0) for name in names)
 
 
+def test_names_that_lead_to_the_outputs_are_synced_before_the_first_checkpoint(files, monkeypatch):
+    named = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: named.add(os.fstat(fd).st_ino))
+    folder = os.fstat(files.folder).st_ino
+    parent = os.stat("..", dir_fd=files.folder).st_ino
+    reported = []
+
+    def report(checkpoint: dict) -> None:
+        assert named == {folder, parent}
+        reported.append(checkpoint)
+
+    writer = Writer(
+        files, dict(FRESH), every_s=0.0, report=report, enough=lambda _: False, stop=threading.Event()
+    )
+    writer.put(batch(1, [{"a": 1}]))
+    writer.finish()
+    assert reported
+
+
 def test_every_reported_checkpoint_was_synced_before(files, synced):
     reported = []
 

@@ -43,6 +43,7 @@ from gpujobd.core import inputs, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.events import AnyEvent, Checkpointed, ReservationReleased, Reserved, Submitted, decode
 from gpujobd.core.model import Job, State
+from gpujobd.disk import make_folders
 from gpujobd.feed import Feed
 from gpujobd.janitor import Janitor
 from gpujobd.journal import Journal, JournalBusyError, JournalDead, JournalError, Recovered
@@ -437,7 +438,7 @@ def serve(options: Options) -> int:
     try:
         cfg = config.load(options.config)
         folder = state_dir(options)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(folder)
         return _serve(options, cfg, Journal(folder / "journal"), notifier)
     except ConfigError as error:
         return _refuse(notifier, str(error), EX_CONFIG, errno.EINVAL)

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import time
+from pathlib import Path
 from typing import Final
 
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -104,6 +105,20 @@ class Disk:
         finally:
             os.close(fd)
         return False
+
+
+def make_folders(folder: Path) -> None:
+    """Make `folder`, private, and what is missing above it, each name durable.
+
+    Its own also where it stands: who made it need not have synced it.
+    """
+    missing = [above for above in folder.parents if not above.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for made in (folder, *missing):
+        with contextlib.suppress(
+            PermissionError
+        ):  # a folder above that we may not read was made by somebody else
+            Disk().fsync_dir(str(made.parent))
 
 
 def put(disk: Disk, fd: int, piece: bytes, offset: int) -> None:

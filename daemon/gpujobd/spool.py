@@ -174,10 +174,12 @@ class Spool:
         with self._folder_of(job_id) as folder:
             if job_id in self._ready and _exists(INPUT, folder):
                 return
+            os.fsync(
+                self._jobs
+            )  # first: an input moved into a folder that a power cut takes would go with it
             if not _exists(INPUT, folder):
                 self._adopt(reservation_id, folder)
             os.fsync(folder)  # also what a run before this one has made and perhaps not synced
-            os.fsync(self._jobs)
             self._ready.add(job_id)
 
     def place(self, job_id: int, inline: Callable[[], bytes]) -> None:
@@ -191,18 +193,31 @@ class Spool:
                 self._ready.add(job_id)
 
     def settle(self, job_id: int) -> None:
-        """Sync what `place` made; from now on the journal need not hold it. Raises: FileNotFoundError: it is gone."""
+        """Sync what `place` made; from now on the journal need not hold it.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            OSError: it is to be placed again first: a second sync of the same bytes would succeed and prove nothing.
+        """
         folder = self._open_job(job_id)
         try:
-            fd = _open_read(INPUT, folder)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.fsync(folder)
-            os.fsync(self._jobs)
+            self._sync_input(job_id, folder)
+        except OSError:
+            self._ready.discard(job_id)
+            raise
         finally:
             os.close(folder)
+
+    def _sync_input(self, job_id: int, folder: int) -> None:
+        if job_id not in self._ready:
+            raise OSError(errno.EIO, f"the input of job {job_id} is to be written anew before it is synced")
+        fd = _open_read(INPUT, folder)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.fsync(folder)
+        os.fsync(self._jobs)
 
     @contextlib.contextmanager
     def _folder_of(self, job_id: int) -> Iterator[int]:

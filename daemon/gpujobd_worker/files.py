@@ -9,7 +9,8 @@
 
 Rule 1: all are opened relative to the job's folder, never through a symbolic link.
 Rule 2: outputs shorter than the checkpoint, or with another CRC, are damaged: nothing is cut, written or redone.
-Rule 3: order of durability: both outputs fdatasynced, then the checkpoint is reported, then it counts.
+Rule 3: order of durability: both outputs fdatasynced, and the names that lead to them synced once, DIR's own too (the
+daemon does not wait for the folder of a small job); then the checkpoint is reported, then it counts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ READ_BYTES = 1 << 20
 PAGE = struct.Struct("<QQQQQ")
 PAGE_BYTES = 64
 
+GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR})
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -58,12 +60,19 @@ def lost_to(error: OSError, doing: str) -> LeaseLost:
     return LeaseLost("disk_full" if full else "died", f"{doing}: {error}")
 
 
+def input_lost_to(error: OSError, name: str) -> LeaseLost:
+    """The same for the input: only what is not there fails the job; what a disk refuses today it may give tomorrow."""
+    if error.errno in GONE:
+        return LeaseLost("input_lost", f"{name}: {error.strerror}")
+    return lost_to(error, f"reading {name}")
+
+
 def open_to_read(name: str, folder: int | None = None, flags: int = 0) -> int:
     """Raises: LeaseLost."""
     try:
         return os.open(name, os.O_RDONLY | flags | OPEN_FLAGS, dir_fd=folder)
     except OSError as error:
-        raise LeaseLost("input_lost", f"{name}: {error.strerror}") from None
+        raise input_lost_to(error, name) from None
 
 
 def take_lock(folder: int, give_up: Callable[[], bool], wait_s: float = LOCK_WAIT_S) -> int:
@@ -229,7 +238,23 @@ class JobFiles:
         self._closers.append(self.errors.close)
         self.results.cut()  # only now that both are known to be whole
         self.errors.cut()
-        os.fsync(self.folder)  # the names of files just made survive a power cut too
+        self._named = False
+
+    def sync(self) -> None:
+        """Make durable what is in both outputs, and the first time their names."""
+        for output in (self.results, self.errors):
+            output.sync()
+        if not self._named:
+            self._sync_names()
+            self._named = True
+
+    def _sync_names(self) -> None:
+        os.fsync(self.folder)
+        parent = os.open("..", os.O_RDONLY | os.O_DIRECTORY | OPEN_FLAGS, dir_fd=self.folder)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
     def close(self) -> None:
         """Last opened, first closed: the lock is let go after the outputs."""

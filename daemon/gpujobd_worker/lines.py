@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Union
 
 from gpujobd_worker.channel import Channel
 from gpujobd_worker.failures import BAD_JSON, ITEM_TOO_LARGE, Failure, shorten
-from gpujobd_worker.files import INPUT, OPEN_FLAGS, LeaseLost
+from gpujobd_worker.files import INPUT, OPEN_FLAGS, LeaseLost, input_lost_to
 from gpujobd_worker.pipe import start_thread
 
 NUMBERS = "lines"
@@ -94,7 +94,9 @@ def read_numbers(folder: int, items: int) -> list[int]:
             numbers = [int(word) for word in file.read().split()]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise input_lost_to(error, NUMBERS) from None
+    except ValueError as error:
         raise LeaseLost("input_lost", f"{NUMBERS}: {error}") from None
     if len(numbers) < items:
         raise LeaseLost("input_lost", f"{NUMBERS} has {len(numbers)} numbers for {items} items")
@@ -196,7 +198,7 @@ class Reader:
         except LeaseLost as lost:
             self._ready.put(lost)
         except OSError as error:
-            self._ready.put(LeaseLost("input_lost", f"{INPUT}: {error}"))
+            self._ready.put(input_lost_to(error, INPUT))
         self._ready.close()
 
     def _read(self) -> None:

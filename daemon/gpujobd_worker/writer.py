@@ -176,8 +176,7 @@ class Writer:
         if not self._dirty:
             return
         began = time.perf_counter()
-        for output in (self._files.results, self._files.errors):
-            output.sync()
+        self._files.sync()
         for output in (self._files.results, self._files.errors):
             output.keep()
         self.checkpoint = dict(self._next)
