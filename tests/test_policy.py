@@ -346,7 +346,7 @@ def test_an_ill_device_gets_nothing_before_its_next_try() -> None:
 def test_the_next_of_all_waits_for_the_device_and_is_told_what_it_does() -> None:
     house = House(rules())
     house.submit(ALICE)
-    assert reason(house, house.submit(BOB)) == (Reason.RESOURCES, "cpu runs job 1 of alice")
+    assert reason(house, house.submit(BOB)) == (Reason.RESOURCES, "cpu runs a job of alice")
 
 
 def test_behind_another_tenant_a_job_waits_for_its_fair_share() -> None:
@@ -364,14 +364,14 @@ def test_behind_a_higher_level_a_job_waits_for_priority() -> None:
     house = House(rules())
     house.submit(ROOT, priority=Priority.HIGH)
     house.submit(ROOT, priority=Priority.HIGH)
-    assert reason(house, house.submit(ALICE)) == (Reason.PRIORITY, "job 2 of level high is ahead")
+    assert reason(house, house.submit(ALICE)) == (Reason.PRIORITY, "a job of root at level high is ahead")
 
 
 def test_in_its_own_line_a_job_waits_behind_the_one_before() -> None:
     house = House(rules())
     house.submit(ALICE)
     house.submit(ALICE)
-    assert reason(house, house.submit(ALICE)) == (Reason.PRIORITY, "job 2 of the same tenant is ahead")
+    assert reason(house, house.submit(ALICE)) == (Reason.PRIORITY, "job 2 is ahead")
 
 
 def test_until_a_load_is_earned_a_job_waits_for_the_swap() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import signal
@@ -16,9 +15,6 @@ from pathlib import Path
 
 import pytest
 from gpujobd import protocol, server
-from gpujobd.core.inputs import Who
-from gpujobd.core.model import Job
-from gpujobd.core.rights import RIGHTS, allowed
 from gpujobd.guests import CONNECTIONS_MAX, STREAMS_MAX, UPLOADS_MAX
 from gpujobd.protocol import Frames, frame
 from harness import HANG_S, as_user, fake, hosted, until
@@ -56,149 +52,6 @@ def stopped_queue(host):
         for job in client.ask(protocol.List, states=["queued", "paused"]).jobs:
             client.ask(protocol.Cancel, job=job.id)
         client.ask(protocol.Queue, action="start")
-
-
-# --- every verb and every relation ------------------------------------------------------------------------------------
-
-ONE_JOB = {
-    "show": {},
-    "watch": {},
-    "output": {},
-    "log": {},
-    "cancel": {},
-    "pause": {},
-    "resume": {},
-    "priority": {"priority": "low"},
-    "first": {},
-    "retry": {"submit_id": "again"},
-    "rm": {},
-}
-HOUSE = {
-    "submit": {
-        "submit_id": "s",
-        "handler": "count",
-        "items": 1,
-        "input_bytes": 3,
-        "input_sha256": hashlib.sha256(b"{}\n").digest(),
-        "item_bytes": 2,
-        "input": b"{}\n",
-    },
-    "last": {},
-    "ping": {},
-    "status": {},
-    "handlers": {},
-    "tenants": {},
-    "devices": {},
-    "list": {},
-    "queue": {"action": "enable"},
-    "events": {"since": 1},
-}
-KINDS = {kind.__struct_config__.tag: kind for kind in protocol.AnyRequest.__args__}
-WHO = {
-    "stranger": Who(uid=STRANGER, tenants=frozenset({str(STRANGER)})),
-    "observer": Who(uid=OBSERVER, observer=True, tenants=frozenset({str(OBSERVER)})),
-    "member": Who(uid=MEMBER, tenants=frozenset({str(MEMBER), "shared"})),
-    "owner": Who(uid=OWNER, tenants=frozenset({str(OWNER), "shared"})),
-    "admin": Who(uid=0, admin=True, observer=True, tenants=frozenset({"root"})),
-}
-
-
-def test_every_verb_has_its_rights_its_row_and_its_test(host):
-    verbs = set(KINDS) - {"hello", "chunk"}
-    assert verbs == set(RIGHTS) - {"see_event"}, (
-        "a verb without rights is nobody's; rights without a verb are nobody's"
-    )
-    assert verbs == {*ONE_JOB, *HOUSE, "wait"}, "a new verb needs its line here"
-
-
-def owned_job(host, index):
-    def submit():
-        with host.client() as client:
-            job = client.submit("count", [{"text": "a"}], tenant="shared", submit_id=f"matrix-{index}").job
-            client.wait(job)
-            return job
-
-    return as_user(OWNER, submit)
-
-
-def code_of(reply):
-    return reply.code if isinstance(reply, protocol.Error) else "ok"
-
-
-@pytest.mark.parametrize("relation", WHO)
-def test_a_relation_may_do_what_the_table_says_and_nothing_else(host, relation):
-    who = WHO[relation]
-    job = owned_job(host, relation)
-
-    def try_all():
-        with host.client() as client:
-            found = {
-                verb: code_of(client.ask(KINDS[verb], job=job, **f))
-                for verb, f in ONE_JOB.items()
-                if verb != "watch"
-            }
-            found["wait"] = code_of(client.ask(protocol.Wait, jobs=[job]))
-            for verb, fields in HOUSE.items():
-                if verb != "events":
-                    found[verb] = code_of(client.ask(KINDS[verb], **fields))
-            found["watch"] = code_of(client.ask(protocol.Watch, job=job))
-            return found
-
-    def shown():
-        with host.client() as client:
-            found = []
-            client.send(protocol.Events(id=1, since=1))
-            while isinstance(reply := client.receive(), protocol.EventSeen):
-                found.append(reply.event.get("job"))
-            return job in found, job in [j.id for j in client.ask(protocol.List, after=job - 1).jobs]
-
-    core_job = Job(
-        job_id=job,
-        submit_id="x",
-        owner=OWNER,
-        tenant="shared",
-        handler="count",
-        items=1,
-        input_bytes=1,
-        input_sha256=b"",
-        submitted_ns=1,
-    )
-    sees_event, listed = as_user(who.uid, shown)
-    assert sees_event == allowed("see_event", who, core_job)
-    assert listed == allowed("show", who, core_job)
-    for verb, code in as_user(who.uid, try_all).items():
-        if verb == "watch" and allowed("rm", who, core_job):
-            assert code == "no_such_job"  # removed by then
-        elif verb == "wait" and allowed("rm", who, core_job):
-            assert code == "no_such_job"
-        elif allowed(verb, who, core_job if verb in ONE_JOB or verb == "wait" else None):
-            assert code not in ("forbidden", "no_such_job"), (verb, code)
-        elif verb in HOUSE or allowed("show", who, core_job):
-            assert code == "forbidden", (verb, code)
-        else:
-            assert code == "no_such_job", (verb, code)
-
-
-def test_somebody_elses_job_and_one_never_given_get_the_same_words(host):
-    job = owned_job(host, "words")
-
-    def words():
-        with host.client() as client:
-            pairs = []
-            for verb, fields in ONE_JOB.items():
-                foreign = client.ask(KINDS[verb], job=job, **fields)
-                missing = client.ask(KINDS[verb], job=job + 10_000, **fields)
-                pairs.append(
-                    (
-                        verb,
-                        foreign.message.replace(str(job), "N"),
-                        missing.message.replace(str(job + 10_000), "N"),
-                    )
-                )
-            return pairs
-
-    for verb, foreign, missing in as_user(STRANGER, words):
-        assert foreign == missing, verb
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -124,6 +124,8 @@ def param_words(name: str, rule: dict[str, object]) -> str:
 def tenants() -> None:
     """List tenants: their share, what they got of the devices, and how far they are behind an equal split.
 
+    Then what you take up yourself, and your quotas.
+
     Example:
       jobctl tenants
     """
@@ -131,9 +133,10 @@ def tenants() -> None:
     from jobctl.times import spoken  # noqa: PLC0415
 
     here = session()
-    found = here.daemon.ask(p.Tenants(id=here.daemon.next_id()), p.TenantList).tenants
+    reply = here.daemon.ask(p.Tenants(id=here.daemon.next_id()), p.TenantList)
+    found = reply.tenants
     if here.json:
-        write_list("tenants", found)
+        write_list("tenants", found, **({"you": reply.you} if reply.you is not UNSET else {}))
         return
     columns = [Column("TENANT", shrink=True)]
     columns += [
@@ -157,6 +160,24 @@ def tenants() -> None:
         write(table(columns, rows))
     else:
         tell("no tenant has submitted anything yet")
+    if reply.you is not UNSET:
+        write(f"\nyou: {usage_words(reply.you)}\n")
+
+
+def usage_words(you: p.Usage) -> str:
+    """`3 of 500 jobs, 1,200 of 500,000 items, ...`: what counts against the caller's quotas."""
+    from jobctl.table import counted, size  # noqa: PLC0415
+
+    facts = (
+        (counted(you.jobs), you.jobs_max, counted, "jobs"),
+        (counted(you.items), you.items_max, counted, "items left"),
+        (size(you.bytes), you.bytes_max, size, "kept"),
+        (counted(you.submissions), you.submissions_max, counted, "submissions this minute"),
+    )
+    return ", ".join(
+        f"{figure}{'' if most is UNSET else f' of {shown(most)}'} {what}"
+        for figure, most, shown, what in facts
+    )
 
 
 @verb("device")

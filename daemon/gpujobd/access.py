@@ -3,6 +3,10 @@
 Rule 1: identity is what the kernel says (SO_PEERCRED, SO_PEERGROUPS), never what a client says.
 Rule 2: names are looked up in a thread and cached: a directory server that hangs must not be felt on the loop, nor
 by those who were known before. Nobody is let in under a guessed name: jobs would be charged to it for ever.
+Rule 3: nobody acts on rights that were looked up more than a minute ago, or under another configuration, however long
+the connection lasts. What the kernel said at connect(), uid and groups, stays, as it does for any process.
+Rule 4: descriptors are not taken: where the kernel knows how (Linux 6.16), who sends one is told so; else receiving
+without a place for them drops them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from gpujobd.config import Config
 from gpujobd.core.inputs import Who
 
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; not in Python's socket module
+SO_PASSRIGHTS: Final = 83  # the same
 GETSOCKOPT_BYTES_MAX: Final = 1024  # Python's own limit
 NAMES_KEPT_S: Final = 60.0
 LOOK_UP_S: Final = 5.0
@@ -48,6 +53,15 @@ def peer(sock: trio.socket.SocketType | socket.socket) -> Peer:
     return Peer(pid, uid, (gid, *struct.unpack(f"{len(groups) // 4}i", groups)))
 
 
+def take_no_descriptors(sock: trio.socket.SocketType | socket.socket) -> None:
+    """A descriptor can hang who closes it, for as long as a FUSE server likes: let the kernel refuse it."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+            raise
+
+
 class Directory:
     """Names and rights of uids, cached for a minute."""
 
@@ -61,17 +75,24 @@ class Directory:
         self._config = config
         self._known.clear()
 
+    def known(self, peer: Peer) -> Who | None:
+        """What was looked up in the last minute. Asked for every request: costs a look into a table."""
+        known = self._known.get((peer.uid, peer.gids))
+        return known[1] if known is not None and trio.current_time() - known[0] <= NAMES_KEPT_S else None
+
     async def who(self, peer: Peer) -> Who | None:
         """None: the host's user database does not answer, and nothing is known from before."""
+        if (fresh := self.known(peer)) is not None:
+            return fresh
         key = (peer.uid, peer.gids)
-        known = self._known.get(key)
-        if known is not None and trio.current_time() - known[0] <= NAMES_KEPT_S:
-            return known[1]
+        known, config = self._known.get(key), self._config
         found = None
         with trio.move_on_after(LOOK_UP_S):
             found = await trio.to_thread.run_sync(
-                _look_up, self._config, peer, abandon_on_cancel=True, limiter=self._threads
+                _look_up, config, peer, abandon_on_cancel=True, limiter=self._threads
             )
+        if config is not self._config:  # read again meanwhile: what was found is of the old one
+            return await self.who(peer)
         found = found or (known[1] if known else None)
         if found is not None:
             self._names[peer.uid] = found.name

@@ -338,7 +338,7 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: str
     loaded: list[str]
     reason: str | UnsetType = UNSET
-    reason_detail: str | UnsetType = UNSET
+    reason_detail: str | UnsetType = UNSET  # for administrators
     job: int | UnsetType = UNSET  # only where the caller may see it
     tenant: str | UnsetType = UNSET
     memory_bytes: int | UnsetType = UNSET
@@ -366,6 +366,19 @@ class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     paused: int
     items_left: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the caller's uid takes up, and its quotas; administrators have none."""
+
+    jobs: int
+    items: int
+    bytes: int
+    submissions: int  # of the last minute
+    jobs_max: int | UnsetType = UNSET
+    items_max: int | UnsetType = UNSET
+    bytes_max: int | UnsetType = UNSET
+    submissions_max: int | UnsetType = UNSET
 
 
 class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -476,6 +489,7 @@ class HandlerList(Reply, frozen=True, tag="handlers"):
 
 class TenantList(Reply, frozen=True, tag="tenants"):
     tenants: list[TenantView]
+    you: Usage | UnsetType = UNSET
 
 
 class DeviceList(Reply, frozen=True, tag="devices"):
@@ -523,9 +537,9 @@ def frame(message: AnyRequest | AnyReply) -> bytes:
     return HEAD.pack(len(body)) + body
 
 
-def size(job: Job) -> int:
-    """Bytes that a job takes in a frame."""
-    return len(_encoder.encode(job))
+def size(record: Job | TenantView) -> int:
+    """Bytes that it takes in a frame."""
+    return len(_encoder.encode(record))
 
 
 class Frames:

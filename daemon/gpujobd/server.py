@@ -23,7 +23,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from gpujobd import __version__, protocol, views
-from gpujobd.access import Directory, Peer, peer
+from gpujobd.access import Directory, Peer, peer, take_no_descriptors
 from gpujobd.catalog import kind
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection, Connections
@@ -143,6 +143,7 @@ class Server:
 
     async def run(self, listener: trio.socket.SocketType) -> None:
         """Accept and serve until cancelled."""
+        take_no_descriptors(listener)  # what is sent before accept() counts, too
         places = trio.Semaphore(self._places)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._connections.run)
@@ -166,6 +167,7 @@ class Server:
     async def _serve(self, sock: trio.socket.SocketType, places: trio.Semaphore) -> None:
         try:
             found = peer(sock)
+            take_no_descriptors(sock)
             with self._guests.visiting(found.uid) as guest:
                 who = await self._directory.who(found)
                 if who is None:
@@ -213,7 +215,26 @@ class Server:
         return protocol.Welcome(protocol.VERSION, f"gpujobd {__version__}", self._boot_id, found.uid)
 
     def _dispatch(self, connection: Connection, request: AnyRequest) -> Awaitable[None] | None:
+        who = self._directory.known(connection.peer)
+        if who is not None:
+            connection.who = who
+        elif not isinstance(request, protocol.Chunk):  # that was admitted with its header
+            return self._dispatch_anew(connection, request)
         return self._verbs[type(request)](connection, request)
+
+    async def _dispatch_anew(self, c: Connection, request: Any) -> None:
+        """The same, once it is known again what the caller may do. Only his own next request waits for that."""
+        if not await self._renew(c):
+            c.fail(request.id, NO_NAMES.code, NO_NAMES.message)
+        elif (pending := self._verbs[type(request)](c, request)) is not None:
+            await pending
+
+    async def _renew(self, c: Connection) -> bool:
+        """Whether the caller's rights are those of the last minute now."""
+        who = await self._directory.who(c.peer)
+        if who is not None:
+            c.who = who
+        return who is not None
 
     # --- wishes -------------------------------------------------------------------------------------------------
 
@@ -292,6 +313,13 @@ class Server:
             return None
         c.fail(request_id, ErrorCode.NO_SUCH_JOB, f"no job {job_id}")
         return None
+
+    async def _still(self, verb: str, c: Connection, request_id: int, job_id: int) -> bool:
+        """Whether somebody who follows a job may go on; else he is told. A job that was removed ends by itself."""
+        if not await self._renew(c):
+            c.fail(request_id, NO_NAMES.code, NO_NAMES.message)
+            return False
+        return job_id not in self._state.jobs or self._visible(verb, c, request_id, job_id) is not None
 
     def _view(self, job: model.Job) -> protocol.Job:
         reason = self._reason(job) if job.state is JobState.QUEUED else None
@@ -432,11 +460,9 @@ class Server:
 
     async def _tenant_list(self, c: Connection, request: protocol.Tenants) -> None:
         """In turn, for it counts all jobs."""
-
-        def wanted(name: str) -> bool:
-            return c.who.admin or name in c.who.tenants
-
-        c.finish(protocol.TenantList(id=request.id, tenants=views.tenants(self._state, self._config, wanted)))
+        found = views.tenants(self._state, self._config)
+        you = views.usage(self._state, self._turns.rules, c.who, time.time_ns())
+        c.finish(protocol.TenantList(id=request.id, tenants=found, you=you))
 
     def _devices(self, c: Connection, request: protocol.Devices) -> None:
         c.finish(protocol.DeviceList(id=request.id, devices=self._device_views(c.who)))
@@ -446,7 +472,8 @@ class Server:
             return allowed("show", who, job)
 
         state, hardware = self._state, self._supervisor.hardware
-        return [views.device(d, sees, state, hardware(d.name)) for d in state.devices.values()]
+        devices = state.devices.values()
+        return [views.device(d, sees, state, hardware(d.name), admin=who.admin) for d in devices]
 
     # --- streams ------------------------------------------------------------------------------------------------
 
@@ -492,6 +519,9 @@ class Server:
         ]:
             with self._watching(*open_jobs) as changed:
                 await _or_alive(c, request.id, changed)
+        for job_id in request.jobs:
+            if not await self._still("wait", c, request.id, job_id):
+                return
         await self._in_turn(c, self._ended, request)
 
     async def _ended(self, c: Connection, request: protocol.Wait) -> None:
@@ -509,14 +539,18 @@ class Server:
             self._stream_task(c, self._watch_job, request)
 
     async def _watch_job(self, c: Connection, request: protocol.Watch) -> None:
-        while (job := self._state.jobs.get(request.job)) is not None:
+        while await self._still("watch", c, request.id, request.job):
+            job = self._state.jobs.get(request.job)
+            if job is None:
+                c.finish(protocol.Done(id=request.id))
+                return
             with self._watching(request.job) as changed:
                 c.send(protocol.JobChanged(id=request.id, job=self._view(job)))
                 if job.state in FINAL:
-                    break
+                    c.finish(protocol.Done(id=request.id))
+                    return
                 await c.room()
                 await _or_alive(c, request.id, changed)
-        c.finish(protocol.Done(id=request.id))
 
     def _log(self, c: Connection, request: protocol.Log) -> None:
         job = self._visible("log", c, request.id, request.job)
@@ -535,6 +569,8 @@ class Server:
                     )
                 except OSError as error:
                     c.fail(request.id, ErrorCode.INTERNAL, f"the log cannot be read: {error.strerror}")
+                    return
+                if not await self._still("log", c, request.id, request.job):
                     return
                 if piece:
                     offset += len(piece)
@@ -558,6 +594,9 @@ class Server:
             cursor = self._feed.first_seq - 1
         end = self._feed.seq
         while request.follow or cursor < end:
+            if not await self._renew(c):
+                c.fail(request.id, NO_NAMES.code, NO_NAMES.message)
+                return
             cursor = await self._send_events(c, request, cursor)
             await c.room()
             if request.follow:

@@ -1,6 +1,8 @@
 """What `systemctl status` shows in one line: what runs and how far it is, what waits, what is wrong.
 
-job 12 of alice on cuda:0: 12,000/50,000, 310/s; 4 waiting; cuda:1 unhealthy: CanaryFailed
+alice on cuda:0: 12,000/50,000, 310/s; 4 waiting; cuda:1 unhealthy: CanaryFailed
+
+Rule: whose, not which. Everybody on the host may ask systemd for this line.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def _running(state: State, device: Device, progress: Progresses) -> str:
     found = progress(job.job_id)
     rate = f", {found.items_per_s:,.0f}/s" if found and found.items_per_s >= 1 else ""
     tenant = job.tenant[:NAME_CHARS_MAX]
-    return f"job {job.job_id} of {tenant} on {device.name}: {tried:,}/{job.items:,}{rate}"
+    return f"{tenant} on {device.name}: {tried:,}/{job.items:,}{rate}"
 
 
 def _wrong(state: State) -> Iterator[str]:

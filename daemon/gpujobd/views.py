@@ -12,12 +12,15 @@ from msgspec import UNSET, UnsetType
 from gpujobd import protocol
 from gpujobd.config import Config
 from gpujobd.core import model
+from gpujobd.core.admission import submitted_lately
 from gpujobd.core.events import AnyEvent, Submitted
 from gpujobd.core.forecast import Outlook
+from gpujobd.core.inputs import Who
 from gpujobd.core.model import FINAL, S_NS, JobState, State
 from gpujobd.supervisor import Hardware
 
 Names = Callable[[int], str]
+TENANTS_BYTES: Final = 512 << 10  # of one list
 WITHHELD: Final = frozenset({"input", "input_sha256", "submit_ids", "submit_id", "reservation_id"})
 """Fields of events that serve the daemon alone."""
 
@@ -94,19 +97,26 @@ def _timings(j: model.Job) -> protocol.JobTimings | UnsetType:
 
 
 def device(
-    d: model.Device, sees: Callable[[model.Job], bool], state: State, hardware: Hardware | None
+    d: model.Device,
+    sees: Callable[[model.Job], bool],
+    state: State,
+    hardware: Hardware | None,
+    *,
+    admin: bool,
 ) -> protocol.DeviceView:
-    """One device; whose job it runs is told only to those who may see the job."""
+    """One device. Whose turn it is, everybody may know; which job it runs, those who may see the job.
+
+    What made it ill is told in the words of workers, which may quote an item: for administrators.
+    """
     running = state.jobs.get(d.lease.job_id) if d.lease else None
-    shown = running if running is not None and sees(running) else None
     return protocol.DeviceView(
         name=d.name,
         state=d.state,
         loaded=list(d.loaded),
         reason=d.reason or UNSET,
-        reason_detail=d.reason_detail or UNSET,
-        job=shown.job_id if shown else UNSET,
-        tenant=shown.tenant if shown else UNSET,
+        reason_detail=(d.reason_detail or UNSET) if admin else UNSET,
+        job=running.job_id if running and sees(running) else UNSET,
+        tenant=running.tenant if running else UNSET,
         hardware=hardware.name if hardware else UNSET,
         memory_bytes=hardware.memory_bytes if hardware and hardware.memory_bytes else UNSET,
         memory_total_bytes=hardware.memory_total_bytes if hardware and hardware.memory_total_bytes else UNSET,
@@ -136,8 +146,8 @@ def _param(rule: object) -> dict[str, object]:
     return {key: value for key, value in msgspec.to_builtins(rule).items() if value not in (None, [], ())}
 
 
-def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list[protocol.TenantView]:
-    """Shares and service. `owed_s` compares what each got with an equal split, by shares, of what all got."""
+def tenants(state: State, config: Config) -> list[protocol.TenantView]:
+    """Shares and service of all: who waits for others may know how much they got. `owed_s` compares what each got with an equal split, by shares, of what all got."""
     rules = config.rules()
     counts = _counts(state.jobs.values())
     names = sorted(
@@ -146,8 +156,6 @@ def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list
     behind = _owed(state, rules, [n for n in names if n in counts and counts[n][0] + counts[n][1]])
     views = []
     for name in names:
-        if not wanted(name):
-            continue
         record = state.tenants.get(name)
         queued, running, paused, left = counts.get(name, (0, 0, 0, 0))
         share = rules.share(name)
@@ -163,7 +171,31 @@ def tenants(state: State, config: Config, wanted: Callable[[str], bool]) -> list
                 items_left=left,
             )
         )
-    return views
+    return _fitting(views)
+
+
+def _fitting(tenants: list[protocol.TenantView]) -> list[protocol.TenantView]:
+    """As many as fit a frame: those with jobs first, then those that got most."""
+    room = TENANTS_BYTES
+    first = sorted(tenants, key=lambda t: (not (t.queued or t.running or t.paused), -t.served_s))
+    kept = {t.name for t in first if (room := room - protocol.size(t)) >= 0}
+    return [t for t in tenants if t.name in kept]
+
+
+def usage(state: State, rules: model.Rules, who: Who, now_ns: int) -> protocol.Usage:
+    """What the caller takes up, and may; an administrator has no quota of his own."""
+    use = state.book.of_uid.get(who.uid, model.NO_USE)
+    held = not who.admin
+    return protocol.Usage(
+        jobs=use.jobs,
+        jobs_max=rules.jobs_per_uid_max if held else UNSET,
+        items=use.items,
+        items_max=rules.items_per_uid_max if held else UNSET,
+        bytes=use.bytes,
+        bytes_max=rules.bytes_per_uid_max if held else UNSET,
+        submissions=submitted_lately(state, who.uid, now_ns),
+        submissions_max=rules.submissions_per_minute_max if held else UNSET,
+    )
 
 
 def _owed(state: State, rules: model.Rules, active: list[str]) -> dict[str, float]:

@@ -205,7 +205,9 @@ def _yield(state: State, rules: Rules, claims: list[policy.Claim], now_ns: int) 
     if due is None:
         return []
     device, claim, why = due
-    return ask_back(device, why, now_ns, detail=f"for job {claim.job.job_id}")
+    assert device.lease is not None, device.name
+    wanted_for = policy.named(claim.job, state.jobs[device.lease.job_id])
+    return ask_back(device, why, now_ns, detail=f"for {wanted_for}")
 
 
 # --- retention ------------------------------------------------------------------------------------------------------

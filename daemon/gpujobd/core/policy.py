@@ -364,7 +364,7 @@ def _resource_reason(state: State, rules: Rules, job: Job, now_ns: int) -> tuple
     if any(device.lease or usable(device, now_ns) for device in devices):
         return None
     if devices and all(device.state is DeviceState.BUSY_ELSEWHERE for device in devices):
-        return Reason.DEVICE_BUSY_ELSEWHERE, f"{devices[0].name}: {devices[0].reason_detail}"
+        return Reason.DEVICE_BUSY_ELSEWHERE, f"{devices[0].name} is used by something else"
     ill = next((device for device in devices if device.state is DeviceState.UNHEALTHY), None)
     if ill is None:
         return Reason.DEVICE_UNHEALTHY, "there is no device"
@@ -377,14 +377,23 @@ def _rank_reason(state: State, rules: Rules, job: Job, now_ns: int, seen: Survey
     level = _level(rules, job.priority, job, now_ns)
     best = seen.claims[0]
     if best.level > level:
-        return Reason.PRIORITY, f"job {best.job.job_id} of level {best.level.name.lower()} is ahead"
+        return Reason.PRIORITY, f"{named(best.job, job)} at level {best.level.name.lower()} is ahead"
     own = next(claim for claim in seen.claims if claim.job.tenant == job.tenant and claim.level <= level)
     if own.job is not job:
-        return Reason.PRIORITY, f"job {own.job.job_id} of the same tenant is ahead"
+        return Reason.PRIORITY, f"{named(own.job, job)} is ahead"
     if best is not own:
         owed_s = (own.vtime_ns - best.vtime_ns) * rules.share(best.job.tenant) / S_NS
         return Reason.FAIR_SHARE, _owed(best.job.tenant, owed_s, best.overdue)
     return _device_reason(state, rules, own, now_ns)
+
+
+def named(other: Job, job: Job) -> str:
+    """How the other job is called to those who see `job`: by its number only if all of them see it as well.
+
+    The owner of a job need not be a member of its tenant, so the same tenant is not enough.
+    """
+    mine = (other.owner, other.tenant) == (job.owner, job.tenant)
+    return f"job {other.job_id}" if mine else f"a job of {other.tenant}"
 
 
 def _owed(tenant: str, owed_s: float, overdue: bool) -> str:
@@ -399,8 +408,9 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     if not busy or free_devices(state, now_ns):
         return Reason.RESOURCES, "about to start"
     device, lease = min(busy, key=lambda pair: _strength(state, rules, pair[0], now_ns))
+    running = named(state.jobs[lease.job_id], claim.job)
     if lease.level > claim.level:
-        return Reason.PRIORITY, f"{device.name} runs job {lease.job_id} of level {lease.level.name.lower()}"
+        return Reason.PRIORITY, f"{device.name} runs {running} at level {lease.level.name.lower()}"
     wait_ns = swap_wait_ns(state, rules, device, claim.job.handler, uncharged_ns(lease, now_ns))
     if device.loaded and not claim.overdue and wait_ns > 0 and lease.yield_why is None:
         return (
@@ -412,7 +422,7 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     )
     if ahead_s >= 1 and not claim.overdue and lease.yield_why is None and lease.tenant != claim.job.tenant:
         return Reason.FAIR_SHARE, _owed(lease.tenant, ahead_s, overdue=False)
-    return Reason.RESOURCES, f"{device.name} runs job {lease.job_id} of {lease.tenant}"
+    return Reason.RESOURCES, f"{device.name} runs {running}"
 
 
 # --- the order of all -------------------------------------------------------------------------------------------------
