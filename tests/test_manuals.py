@@ -13,7 +13,7 @@ import documents
 import gpujobd_worker
 import pytest
 from documents import ROOT
-from gpujobd import config
+from gpujobd import config, protocol
 from gpujobd.__main__ import main as gpujobd
 from jobctl.__main__ import cli as jobctl
 
@@ -40,6 +40,13 @@ def test_every_mark_is_a_list():
     for page, text in PAGES.items():
         opened = len(re.findall(r'^\.\\" made: ', text, re.MULTILINE))
         assert len(documents.parts(text)) == opened == text.count('\n.\\" end\n'), page
+
+
+def test_every_key_of_a_job_in_json_is_told():
+    text = PAGES["man/jobctl.1"].partition("\n.Sh JSON\n")[2].partition("\n.Sh ")[0]
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"^\.(?:It )?Va (.*)$", text, re.MULTILINE))))
+    for record in (protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings):
+        assert {name for name, _, _ in documents.fields(record, without=())} <= words, record
 
 
 def test_every_key_of_the_configuration_is_in_its_page():
@@ -140,6 +147,7 @@ def test_options_of_all_commands_are_told_once():
 
 # --- examples -----------------------------------------------------------------------------------------------------
 
+README_DEBIAN = "packaging/debian/gpujobd.README.Debian"
 BLOCK = re.compile(r"^\.Bd -literal.*\n((?:.*\n)*?)^\.Ed$", re.MULTILINE)
 
 
@@ -149,19 +157,25 @@ def examples(page):
         yield block.replace("\\e", "\\").replace("\\&", "").replace("\\(aq", "'").replace("\\-", "-")
 
 
-def command_lines(program):
-    """Every call of the program in an example: (page, arguments), without the options that all commands have."""
-    found = []
+def lines_of_shell():
+    """Every line of every example: (document, line without its prompt)."""
     for page in PAGES:
         for block in examples(page):
             for line in block.replace("\\\n", " ").splitlines():
-                shell = re.sub(r"^[#$] ", "", line)
-                found += [
-                    (page, words[2:] if words[0] == "--socket" else words)
-                    for words in calls(shell, program)
-                    if words
-                ]
-    return found
+                yield page, re.sub(r"^[#$] ", "", line)
+    for line in (ROOT / README_DEBIAN).read_text(encoding="utf-8").splitlines():
+        if found := re.match(r" {2,4}[#$] (.*?)(?: {3,}.*)?$", line):
+            yield README_DEBIAN, found[1]
+
+
+def command_lines(program):
+    """Every call of the program in an example: (document, arguments), without the options that all commands have."""
+    return [
+        (document, words[2:] if words[0] == "--socket" else words)
+        for document, line in lines_of_shell()
+        for words in calls(line, program)
+        if words
+    ]
 
 
 def calls(line, program):
