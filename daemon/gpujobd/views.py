@@ -23,6 +23,8 @@ Names = Callable[[int], str]
 TENANTS_BYTES: Final = 512 << 10  # of one list
 WITHHELD: Final = frozenset({"input", "input_sha256", "submit_ids", "submit_id", "reservation_id"})
 """Fields of events that serve the daemon alone."""
+EXPECTED: Final = frozenset({JobState.QUEUED, JobState.RUNNING})
+"""The states of which a forecast speaks: a cached one may be older than the end of the job."""
 
 
 def moment(ns: int) -> dt.datetime | UnsetType:
@@ -56,7 +58,7 @@ def job(
         reason_detail=detail or UNSET,
         yielding=yielding.value if yielding else UNSET,
         position=outlook.position if outlook and j.state is JobState.QUEUED and outlook.position else UNSET,
-        forecast=forecast(outlook),
+        forecast=forecast(outlook) if j.state in EXPECTED else UNSET,
         begin_at=moment(j.begin_ns),
         deadline_at=moment(j.deadline_ns),
         started_at=moment(j.started_ns),
