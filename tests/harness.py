@@ -159,17 +159,18 @@ class Host:
             self.process.kill()
             self.process.wait()
 
-    def start(self) -> None:
-        """Start it and return when it answers."""
-        self.launch()
+    def start(self, *options: str) -> None:
+        """Start it, with these options besides, and return when it answers."""
+        self.launch(*options)
         self.wait_until_it_answers()
 
-    def launch(self) -> None:
+    def launch(self, *options: str) -> None:
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
                     *[*self.program, "serve", "--config", self.folder / "gpujobd.toml"],
                     *["--state-dir", self.folder / "state", "--socket", self.socket],
+                    *options,
                 ],
                 stderr=log,
                 cwd=self.folder,

@@ -65,6 +65,7 @@ MESSAGE_IDS: Final[dict[str, str]] = {
     # jobs
     "submitted": "38d79e9dc04d4b118badbdde6e24cc31",
     "leased": "c060b1345e2c4dd2a05cdfa9ab8c373e",
+    "checkpointed": "d21ccf9d609d4fe690bddbbce25de80c",
     "yield_requested": "27d4a02ce8ee4893a540f6f7aec47be0",
     "yielded": "6afa5a5ba01948488a78ad041ff6bf9a",
     "lease_lost": "e4bd8d80c08e4980b3f289f56b4ac203",

@@ -133,6 +133,7 @@ class Daemon:
         self._notifier = notifier or Notifier()
         self._trouble = ""  # the configuration that was refused
         self._reload_wanted = trio.Event()
+        self._stopping = False
         self._journal = journal
         head = replay(recovered)
         state = snapshot.clone(head)
@@ -227,15 +228,14 @@ class Daemon:
 
     async def _obey_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            stopping = False
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reload_when_wanted)
                 async for number in signals:
                     name = signal.Signals(number).name
                     if number == signal.SIGHUP:
                         self._reload_wanted.set()
-                    elif not stopping:
-                        stopping = True
+                    elif not self._stopping:
+                        self._stopping = True
                         log.info("%s: asking what runs to pause", name, extra=kind("stopping"))
                         nursery.start_soon(self._stop, nursery.cancel_scope)
                     else:
@@ -247,7 +247,7 @@ class Daemon:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted = trio.Event()
-            if not self._turns.state.stopping:
+            if not self._stopping:
                 await self._reload()
 
     async def _reload(self) -> None:
@@ -280,11 +280,11 @@ class Daemon:
     async def _stop(self, done: trio.CancelScope) -> None:
         """Pause at a batch boundary, give the last answers, then end."""
         self._notifier.send(STOPPING=1)
+        await self._turns.asked(inputs.Stop())
         grace_s = self._config.file.worker.pause_grace_s
         async with trio.open_nursery() as nursery:
             longest_s = grace_s + ANSWERS_S + STOP_S
             nursery.start_soon(self._watchdog.ask_for_time, longest_s, self._status)
-            await self._turns.asked(inputs.Stop())
             with trio.move_on_after(grace_s) as grace:
                 while self._leased():  # noqa: ASYNC110  # once in a life: an event would cost every turn
                     await trio.sleep(PAUSED_LOOK_S)

@@ -1,0 +1,129 @@
+"""One entry, three ways out, and nothing that came from outside forges any of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from gpujobd import entries
+from gpujobd.catalog import FIELDS, MESSAGE_IDS, kind
+from test_journald import Receiver
+
+FIGURES = {"job_id": 42, "tenant": "alice", "compute_s": 1.5, "failed": 0, "queued_s": None}
+
+
+@pytest.fixture
+def journal(tmp_path):
+    receiver = Receiver(tmp_path / "socket")
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def both(journal):
+    """A logger that writes JSON lines and to a journal; and what came out."""
+    lines = io.StringIO()
+    as_json = logging.StreamHandler(lines)
+    as_json.setFormatter(entries.JsonLines())
+    as_entry = entries.ToJournal(journal.path)
+    logger = logging.Logger("gpujobd.test")  # noqa: LOG001  # of this test alone
+    logger.handlers = [as_json, as_entry]
+
+    def said():
+        (entry,) = journal.entries()
+        assert len({name for name, _ in entry}) == len(entry)
+        return json.loads(lines.getvalue()), dict(entry)
+
+    yield logger, said
+    as_entry.close()
+
+
+def test_json_line_and_journal_entry_tell_the_same(both):
+    logger, said = both
+    logger.warning("job %d is there", 42, extra=kind("completed", **FIGURES))
+    line, entry = said()
+    for name, value in FIGURES.items():
+        if value is not None:
+            assert line[name] == value
+            assert entry[FIELDS[name]] == str(value)
+    assert "QUEUED_S" not in entry
+    assert line["message"] == entry["MESSAGE"] == "job 42 is there"
+    assert line["message_id"] == entry["MESSAGE_ID"] == MESSAGE_IDS["completed"]
+    assert line["event"] == entry["EVENT"] == "completed"
+    assert (line["level"], entry["PRIORITY"]) == ("warning", "4")
+    assert line["at"] == entry["SYSLOG_TIMESTAMP"]
+    assert entry["SYSLOG_IDENTIFIER"] == "gpujobd"
+    assert entry["CODE_FILE"] == __file__
+    assert entry["CODE_FUNC"] == "test_json_line_and_journal_entry_tell_the_same"
+
+
+@pytest.mark.parametrize("outside", ["a\nJOB_ID=1", "a\r\x1b[2Jb", "a\0b", "\u2028", "\udcff", "\x9b31m"])
+def test_words_from_outside_stay_in_their_field_and_on_their_line(both, outside):
+    logger, said = both
+    logger.info("it is %s", outside, extra=kind("completed", tenant=outside))
+    line, entry = said()
+    assert "JOB_ID" not in entry
+    assert "\n" not in entry["MESSAGE"]
+    assert entry["MESSAGE"].isprintable()
+    assert line["tenant"] == outside
+    assert entry["TENANT"] == outside.encode("utf-8", "backslashreplace").decode()
+
+
+def test_a_trace_is_part_of_its_entry(both):
+    logger, said = both
+    try:
+        int("two\nlines \x1b[2J")
+    except ValueError:
+        logger.exception("it failed", extra=kind("crashed"))
+    line, entry = said()
+    assert entry["MESSAGE"].startswith("it failed\nTraceback (most recent call last):\n")
+    assert "\x1b" not in entry["MESSAGE"]
+    assert "ValueError: invalid literal" in line["trace"]
+
+
+def test_a_message_that_does_not_fit_its_arguments_ends_nothing(both, capsys):
+    logger, _ = both
+    logger.handlers = logger.handlers[1:]
+    logger.info("%d", "no number", extra=kind("completed"))
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_every_level_has_a_priority_of_its_own():
+    assert sorted(entries.PRIORITIES.values()) == [2, 3, 4, 6, 7]
+
+
+PROGRAM = """
+import sys, threading
+from gpujobd import entries
+entries.set_up("json", verbose=False)
+def fail(): raise AssertionError("cannot be")
+if sys.argv[1] == "thread":
+    thread = threading.Thread(target=fail, name="journal")
+    thread.start()
+    thread.join()
+else:
+    try:
+        fail()
+    except AssertionError as error:
+        raise ExceptionGroup("several", [ExceptionGroup("more", [error])])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "word", "message"),
+    [
+        ("main", 1, "crashed", "a bug ends the daemon: AssertionError: cannot be"),
+        ("thread", 0, "thread_crashed", "a bug ended the thread journal: AssertionError: cannot be"),
+    ],
+)
+def test_a_bug_that_ends_something_is_one_entry_with_its_trace(where, status, word, message):
+    command = [sys.executable, "-c", PROGRAM, where]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert (line["event"], line["message"], line["level"]) == (word, message, "critical")
+    assert "in fail" in line["trace"]
