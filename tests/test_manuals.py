@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import documents
@@ -265,14 +268,22 @@ def test_first_handler_of_the_page_does_what_the_page_says(modules):
     assert Lengths(device="cpu")([{"text": "abc"}]) == [{"characters": 3}]
 
 
+def make_iris_model(path):
+    """A model as the page's handler loads it, of weights that nobody trained."""
+    torch = pytest.importorskip("torch")
+    import iris
+
+    torch.manual_seed(1)
+    torch.save(iris.network().state_dict(), path)
+
+
 def test_torch_handler_of_the_page_works_and_runs_in_ray_data(modules):
     torch = pytest.importorskip("torch")
+    model = str(modules / "iris.pt")
+    make_iris_model(model)
     import iris
     from for_ray import ForRay
 
-    model = str(modules / "iris.pt")
-    torch.manual_seed(1)
-    torch.save(iris.network().state_dict(), model)
     handler = iris.Iris(device="cpu", model=model)
     batch = [{"features": [5.1, 3.5, 1.4, 0.2]}, {"features": [6, 3, 5, 2]}]
     for item in batch:
@@ -287,3 +298,31 @@ def test_torch_handler_of_the_page_works_and_runs_in_ray_data(modules):
     columns = {"features": torch.tensor([item["features"] for item in batch]).numpy()}
     in_ray = ForRay(device="cpu", model=model)(columns)
     assert in_ray == {key: [output[key] for output in outputs] for key in outputs[0]}
+
+
+UNTIL_READY = "until jobctl ping >/dev/null 2>&1; do sleep 0.1; done\n"
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_page_runs_as_it_stands(modules, monkeypatch):
+    make_iris_model(modules / "iris.pt")
+    moved = {"/opt/iris/bin/python": sys.executable, "/srv/gpujobd/handlers": modules, "/srv/models": modules}
+    toml = next(text for path, text in ALL_FILES if path.endswith("iris.toml"))
+    for there, here in moved.items():
+        toml = toml.replace(there, str(here))
+    (modules / "iris.toml").write_text(toml)
+    rows = [[5.1, 3.5, 1.4, 0.2], [6.7, 3.1, 4.7, 1.5], [1, 2]]
+    (modules / "items.jsonl").write_text("".join(json.dumps({"features": row}) + "\n" for row in rows))
+    block = next(b for b in examples("man/gpujobd-handler.7") if "mkdir -p try" in b)
+    script = re.sub(r"^\$ ", "", block, flags=re.MULTILINE)
+    script = script.replace(
+        "export JOBCTL_SOCKET=try/socket\n", "export JOBCTL_SOCKET=try/socket\n" + UNTIL_READY
+    )
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    ran = subprocess.run(
+        ["bash", "-c", script], cwd=modules, check=False, capture_output=True, text=True, timeout=120
+    )
+    assert "try/gpujobd.toml: good\n" in ran.stdout
+    assert '"label": "' in ran.stdout or "unsure" in ran.stdout
+    assert "features must be a list of N numbers" in ran.stdout
+    assert re.fullmatch(r"jobctl: job 1 completed: \d done, \d failed of 3 \(100 %\)\n", ran.stderr)
