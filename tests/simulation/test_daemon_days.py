@@ -1,0 +1,98 @@
+"""Days in the life of a daemon, from seeds: its own code, virtual time, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import trio
+from simulation.clock import repeatable
+from simulation.pulse import FINE, SLOW, Pulse
+from simulation.world import World
+
+HOUR = 1 / 24
+
+
+def live(seed: int, days: float, pulse: Pulse = SLOW) -> World:
+    """One world to its end. GPUJOBD_SEED picks another one."""
+    seed = int(os.environ.get("GPUJOBD_SEED", seed))
+    world = World(seed, pulse)
+    try:
+        world.live(days)
+    except BaseException:
+        pace = " PACE=fine" if pulse is FINE else ""
+        print("\n".join(world.tail))
+        print(f"\nreplay with: make simulation SEED={seed} DAYS={days:g}{pace}")
+        raise
+    return world
+
+
+def order_of_ten(seed: int) -> list[int]:
+    """In which order trio runs ten tasks that could all run at once."""
+    order: list[int] = []
+
+    async def note(number: int) -> None:
+        await trio.lowlevel.checkpoint()
+        order.append(number)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(note, number)
+
+    with repeatable(seed):
+        trio.run(main)
+    return order
+
+
+def test_trio_runs_what_is_ready_in_an_order_of_the_seed() -> None:
+    assert order_of_ten(1) == order_of_ten(1)
+    assert len({tuple(order_of_ten(seed)) for seed in range(5)}) > 1
+
+
+def test_five_minutes_at_the_real_pace_keep_every_promise() -> None:
+    world = live(1, HOUR / 12, FINE)
+    assert world.oracle.finished
+
+
+def test_four_hours_of_faults_keep_every_promise() -> None:
+    world = live(2, 4 * HOUR)
+    assert world.oracle.facts
+
+
+def test_the_same_seed_lives_the_same_world() -> None:
+    one, again, other = (live(seed, HOUR) for seed in (3, 3, 4))
+    assert one.trace.hexdigest() == again.trace.hexdigest()
+    assert one.oracle.facts == again.oracle.facts
+    if "GPUJOBD_SEED" not in os.environ:
+        assert one.trace.hexdigest() != other.trace.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1001, 1002, 1003])
+def test_ten_days_of_faults_keep_every_promise(seed: int) -> None:
+    world = live(seed, 10)
+    counted = {**world.faults.count, **world.endings}
+    if "GPUJOBD_SEED" not in os.environ:
+        missing = {
+            "clock step",
+            "kill",
+            "power cut",
+            "SIGTERM",
+            "sync stuck",
+            "disk full",
+            "device ill",
+        } - counted.keys()
+        assert not missing, "these faults never happened: the month was too calm to say anything"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2001, 2002])
+def test_hours_at_the_real_pace_keep_every_promise(seed: int) -> None:
+    live(seed, 2 * HOUR, FINE)
+
+
+@pytest.mark.slow
+def test_the_same_seed_lives_the_same_days() -> None:
+    one, again = live(3001, 3), live(3001, 3)
+    assert one.trace.hexdigest() == again.trace.hexdigest()
