@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 from gpujobd import protocol
 from harness import fake, hosted, until
 from jobctl.__main__ import run
@@ -22,6 +23,12 @@ def lines(count):
 def start(host, *words, **pipes):
     environment = {**os.environ, "JOBCTL_SOCKET": str(host.socket)}
     return subprocess.Popen([sys.executable, "-m", "jobctl", *words], env=environment, text=True, **pipes)
+
+
+def connections(host):
+    """How many clients the daemon has taken."""
+    ends = psutil.Process(host.process.pid).net_connections(kind="unix")
+    return sum(end.laddr == str(host.socket) for end in ends) - 1  # its listener has the same address
 
 
 def test_submit_wait_and_read_back(tmp_path, monkeypatch, capfd):
@@ -67,12 +74,17 @@ def test_failed_items_are_summed_up_and_retried(tmp_path):
 def test_waiting_and_following_carry_over_a_restart(tmp_path):
     handler = fake("trouble:Slow", params={"item_s": 0.01})
     with hosted(tmp_path / "host", slow=handler) as host:
+        host.jobctl("queue", "stop")
         job = host.jobctl("submit", "slow", "-", text=lines(200)).stdout.strip()
         with (
             start(host, "wait", job) as wait,
             start(host, "watch", job, "--json", stdout=subprocess.PIPE) as watch,
             start(host, "events", "-f", "--since", "1", "--json", stdout=subprocess.PIPE) as events,
         ):
+            until(
+                lambda: connections(host) == 3, "all to be connected"
+            )  # who comes too late is told so, rightly
+            host.jobctl("queue", "start")
             with host.client() as client:
                 until(lambda: client.job(int(job)).items.done > 0, "progress")
             host.stop(signal.SIGKILL)
