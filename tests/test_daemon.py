@@ -180,6 +180,15 @@ def test_a_second_sigterm_does_not_wait_for_the_batch(tmp_path):
             client.ask(protocol.Cancel, job=job)
 
 
+def test_sigterm_all_the_way_to_the_end_does_not_cut_off_the_last_snapshot(tmp_path):
+    with hosted(tmp_path / "host", count=fake(COUNT)) as host:
+        while host.process.poll() is None:
+            host.process.send_signal(signal.SIGTERM)
+            time.sleep(0.0005)
+        assert host.process.returncode == 0
+        assert list((host.folder / "state" / "journal").glob("snap-*"))
+
+
 def test_sighup_takes_a_good_configuration_and_keeps_the_old_one_over_a_bad_one(tmp_path):
     with hosted(tmp_path / "host", count=fake(COUNT)) as host, host.client() as client:
         host.configure("[limits]\nitems_per_job_max = 2\n", {"other": fake(COUNT)})

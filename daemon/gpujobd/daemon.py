@@ -227,6 +227,9 @@ class Daemon:
     # --- signals ------------------------------------------------------------------------------------------------
 
     async def _obey_signals(self) -> None:
+        _on_stop_signals(
+            lambda *_: None
+        )  # for those that come when the receiver is gone: workers are being ended
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reload_when_wanted)
@@ -301,6 +304,9 @@ class Daemon:
 
     async def settle(self) -> None:
         """After a clean end: a snapshot, so that the next start replays nothing, and the seal."""
+        _on_stop_signals(
+            signal.SIG_IGN
+        )  # no worker will inherit it; handlers of ours go before the interpreter does
         async with trio.open_nursery() as nursery:
             ending = "stopping: writing the last snapshot"
             nursery.start_soon(self._watchdog.ask_for_time, SETTLE_S, lambda: ending)
@@ -351,6 +357,12 @@ async def _flush_log() -> None:
     while True:
         entries.flush()
         await trio.sleep(LOG_LOOK_S)
+
+
+def _on_stop_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:
+    """What a further SIGTERM does, that nobody waits for: it must not cut off the last snapshot."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def state_dir(options: Options) -> Path:
