@@ -211,7 +211,7 @@ class Campaign:
 
     def _retry(self, client: Client, rng: random.Random) -> None:
         cancelled = {job for job, state in self.ledger.ended.items() if state == "cancelled"}
-        if some := sorted(cancelled - self.ledger.perhaps_removed):
+        if some := sorted(cancelled - self.ledger.perhaps_removed - self.ledger.retried):
             self.ledger.retried.add(some[-1])
             self.ask(client, Wish(uuid.UUID(int=rng.getrandbits(128)).hex, 0, of=some[-1]))
 
