@@ -35,10 +35,12 @@ ROWS = {
     10: ("failed sync of a real kernel file system", 12),
     11: ("full disk, whole daemon", 40),
     12: ("API sequences by hypothesis", 2_500),
+    13: ("days of a daemon in simulation", 30),
     14: ("mutated frames", 1_020_000),
     15: ("clients that take what there is", 4),
     16: ("workers that misbehave", 60),
     18: ("SIGTERM at random moments", 60),
+    19: ("clocks that step, processes that stand still", 50),
     20: ("other users and what they hand in", 200),
     21: ("file system that forgets, whole daemon", 100),
 }

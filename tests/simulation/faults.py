@@ -27,7 +27,7 @@ EVERY_S: Final = {
     "SIGTERM": 20 * HOUR_S,
     "SIGTERM twice": 90 * HOUR_S,
     "SIGHUP": 40 * HOUR_S,
-    "clock step": 12 * HOUR_S,
+    "clock step": 8 * HOUR_S,
     "process stopped": 24 * HOUR_S,
     "disk full": 70 * HOUR_S,
     "sync stuck": 16 * HOUR_S,

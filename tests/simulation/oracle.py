@@ -20,7 +20,7 @@ from core_house import bookkeeping, check_bookkeeping
 from gpujobd import protocol
 from gpujobd.core import events, policy, snapshot
 from gpujobd.core.apply import apply
-from gpujobd.core.model import FINAL, S_NS, Job, JobState, Priority, Rules, State
+from gpujobd.core.model import FINAL, S_NS, Job, JobState, Priority, Rules, State, YieldWhy
 from gpujobd.daemon import Daemon
 from gpujobd.journal import Recovered
 from simulation.people import Submission
@@ -49,6 +49,7 @@ class Oracle:
         self._forgotten: set[int] = set()
         self._final: dict[int, JobState] = {}
         self._attempts: dict[int, int] = {}
+        self._held: dict[int, YieldWhy] = {}  # jobs that somebody paused or cancelled
         self._heard_of_lease: dict[str, float] = {}
         self._daemon: Daemon
         self._looked_s = 0.0
@@ -127,7 +128,18 @@ class Oracle:
         match event:
             case events.Submitted():
                 self._note_submitted(event)
+            case events.YieldRequested() if event.why in (YieldWhy.CANCEL, YieldWhy.PAUSE):
+                self._held[job_id] = event.why
+            case events.YieldRequested():
+                assert self._held.pop(job_id, None) is not YieldWhy.CANCEL, (
+                    f"a cancel was taken back: {event}"
+                )
+            case events.Paused() if event.by >= 0:
+                self._held[job_id] = YieldWhy.PAUSE
+            case events.Resumed():
+                self._held.pop(job_id, None)
             case events.Leased():
+                assert job_id not in self._held, f"job {job_id} runs, and it was to {self._held[job_id]}"
                 assert event.attempt == self._attempts.get(job_id, 0) + 1, event
                 self._attempts[job_id] = event.attempt
                 self._heard_of_lease[event.device] = self._now_s()
