@@ -26,9 +26,10 @@ from gpujobd.config import Handler
 from gpujobd.core.leases import canary_line
 from gpujobd.core.model import Job, Lease, Span
 from gpujobd.job_log import JobLog
+from gpujobd.spool import folder_at, open_plain
 
 SUSPECTS: Final = struct.Struct("<QQQQQ")
-NO_LOCK: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO})
+NO_LOCK: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR})
 """There is no file, or what bears its name is none, and nobody holds a lock on it."""
 NONE: Final = Span(0, 0)  # keeps the place of the call in hand, so that the one before it is not taken for it
 
@@ -90,7 +91,8 @@ class Grant:
 def lock_is_free(folder: Path) -> bool:
     """Whether no process has the job's output files open. Asked only while no worker is meant to have."""
     try:
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with folder_at(folder) as job:
+            fd = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=job)
     except OSError as error:
         return (
             error.errno in NO_LOCK
@@ -110,7 +112,8 @@ def lock_is_free(folder: Path) -> bool:
 def read_suspects(folder: Path, attempt: int, items: int) -> tuple[Span, ...]:
     """The call that was in hand, lines 0 to 0 if there was none, then the one before it."""
     try:
-        fd = os.open(folder / "suspects", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with folder_at(folder) as job:
+            fd = open_plain("suspects", job)
     except OSError:
         return ()
     try:

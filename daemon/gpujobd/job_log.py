@@ -17,6 +17,7 @@ from typing import Final
 import trio
 
 from gpujobd.catalog import kind
+from gpujobd.spool import LOG, folder_at, open_plain
 
 BUFFER_BYTES_MAX: Final = 4 << 20  # waiting to be written; beyond it, on a disk that slow, output is dropped
 ADMITTED_BYTES_MAX: Final = 256 << 10  # a lease, beyond the bound
@@ -30,7 +31,7 @@ class JobLog:
     def __init__(self, folder: Path, job_id: int, bytes_max: int, on_log: Callable[[int], None]) -> None:
         self.job_id = job_id
         self.closed = trio.Event()
-        self._path = folder / "log"
+        self._folder = folder
         self._bytes_max = bytes_max
         self._on_log = on_log
         self._fd = -1
@@ -44,7 +45,7 @@ class JobLog:
     async def open(self) -> None:
         """Open it before anything is fed. A log that cannot be opened is a pity; the job runs all the same."""
         try:
-            self._fd, size = await trio.to_thread.run_sync(_open, self._path)
+            self._fd, size = await trio.to_thread.run_sync(_open, self._folder)
             self._room = max(0, self._bytes_max - size)
         except OSError as error:
             self._complain(error)
@@ -113,8 +114,8 @@ class JobLog:
 
 
 def _open(path: Path) -> tuple[int, int]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o600)
+    with folder_at(path) as folder:
+        fd = open_plain(LOG, folder, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     return fd, os.fstat(fd).st_size
 
 

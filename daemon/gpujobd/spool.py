@@ -1,11 +1,13 @@
 """The files of jobs: inputs as they came in, outputs as the worker writes them.
 
+    <state>/spool/nothing                         an empty file, handed out for outputs that are not there yet
     <state>/spool/incoming/<reservation>          an input, synced, before its job owns it
     <state>/spool/incoming/<reservation>.lines    original line numbers of a retry's items, one a line
     <state>/spool/jobs/<job>/                     0700: input.jsonl, lines, results.jsonl, errors.jsonl, lock, suspects, log
 
 Rule 1: every name is made here from a number; no user names a path. Opens go through a directory descriptor and
-never follow a link.
+never follow a link. What a worker gone wrong may have put in the place of a file (a link, a second name of a file
+elsewhere, a FIFO that nobody writes) is not read, not written, not handed out, and waits for nobody: `open_plain`.
 Rule 2: what a journal record relies on is synced BEFORE the record is written: file, then its directory.
 Rule 3: every function here blocks; the daemon calls them in threads.
 """
@@ -36,6 +38,7 @@ RESULTS: Final = "results.jsonl"
 ERRORS: Final = "errors.jsonl"
 LINES: Final = "lines"
 LOG: Final = "log"
+NOTHING: Final = "nothing"  # an empty file: the output of a job that has none yet
 
 
 class InputMismatch(Exception):
@@ -96,9 +99,8 @@ class Incoming:
     """One input on its way in."""
 
     def __init__(self, folder: int, name: str) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._folder = folder
-        self._fd = os.open(name, flags, 0o600, dir_fd=folder)
+        self._fd = _create(name, folder)
         self._unsynced = 0
         self.tally = Tally()
 
@@ -142,12 +144,12 @@ class Spool:
     """The folder, held open."""
 
     def __init__(self, root: Path) -> None:
-        for folder in (root, root / "incoming", root / "jobs"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root = root
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._incoming = os.open(root / "incoming", flags)
-        self._jobs = os.open(root / "jobs", flags)
+        self._root = _own_folder(str(root))
+        self._incoming = _own_folder("incoming", self._root)
+        self._jobs = _own_folder("jobs", self._root)
+        os.close(_create(NOTHING, self._root))
         self._ready: set[int] = set()  # jobs whose input this run has made or found whole
         os.fsync(self._incoming)
         os.fsync(self._jobs)
@@ -211,7 +213,7 @@ class Spool:
     def _sync_input(self, job_id: int, folder: int) -> None:
         if job_id not in self._ready:
             raise OSError(errno.EIO, f"the input of job {job_id} is to be written anew before it is synced")
-        fd = _open_read(INPUT, folder)
+        fd = open_plain(INPUT, folder)
         try:
             os.fsync(fd)
         finally:
@@ -238,15 +240,19 @@ class Spool:
         os.rename(str(reservation_id), INPUT, src_dir_fd=self._incoming, dst_dir_fd=folder)
 
     def open_output(self, job_id: int, *, errors: bool) -> int:
-        """A read-only descriptor; of an empty file where the worker has not made one yet."""
+        """A read-only descriptor of a plain file; of an empty one where the worker has not made it yet.
+
+        Raises:
+            OSError: something else has its name.
+        """
         try:
             folder = self._open_job(job_id)
         except FileNotFoundError:
-            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            return _to_hand_out(NOTHING, self._root)
         try:
-            return _open_read(ERRORS if errors else RESULTS, folder)
+            return _to_hand_out(ERRORS if errors else RESULTS, folder)
         except FileNotFoundError:
-            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            return _to_hand_out(NOTHING, self._root)
         finally:
             os.close(folder)
 
@@ -256,7 +262,7 @@ class Spool:
         except FileNotFoundError:
             return b""
         try:
-            fd = _open_read(LOG, folder)
+            fd = open_plain(LOG, folder)
         except FileNotFoundError:
             return b""
         finally:
@@ -341,10 +347,71 @@ class Spool:
 def _delete(name: str, folder: int) -> None:
     """Delete a file, a link or a tree; no link is followed."""
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            shutil.rmtree(name, dir_fd=folder)
-        else:
+        try:
             os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            _delete_tree(name, folder)
+
+
+def _delete_tree(name: str, folder: int) -> None:
+    try:
+        shutil.rmtree(name, dir_fd=folder)
+    except (
+        RecursionError
+    ):  # somebody made folders in folders by the thousand: that costs space, not the daemon
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name) from None
+
+
+def _own_folder(name: str, parent: int | None = None) -> int:
+    """Open a folder that is ours alone, made if it is not there. Raises: PermissionError where it is another's."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=parent)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent)
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, f"belongs to uid {found.st_uid}", name)
+    if found.st_mode & 0o077:
+        os.fchmod(fd, 0o700)
+    return fd
+
+
+def _create(name: str, folder: int) -> int:
+    """A new, empty file, whatever had its name."""
+    _delete(name, folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, 0o600, dir_fd=folder)
+
+
+def open_plain(name: str, folder: int, flags: int = os.O_RDONLY) -> int:
+    """Open without waiting for anybody, and without following a link.
+
+    Raises:
+        OSError: EINVAL: something is there, and it is no plain file with this name alone.
+    """
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=folder)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is no plain file with one name", name)
+    return fd
+
+
+@contextlib.contextmanager
+def folder_at(path: Path) -> Iterator[int]:
+    """A job's folder, as Spool.path names it, open for a moment; never through a link in its place."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _to_hand_out(name: str, folder: int) -> int:
+    """For a client: nothing of how it was opened is left on it."""
+    fd = open_plain(name, folder)
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _deleted(name: str, folder: int) -> bool:
@@ -371,10 +438,6 @@ def _exists(name: str, folder: int) -> bool:
     return True
 
 
-def _open_read(name: str, folder: int) -> int:
-    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-
-
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -386,9 +449,7 @@ def _sync_folder(path: Path) -> None:
 def _write(folder: int, name: str, data: bytes, *, sync: bool = True) -> None:
     """Write and rename, so that `name` is there whole or not at all. The caller syncs the folder."""
     part = f"{name}.part"
-    fd = os.open(
-        part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
-    )
+    fd = _create(part, folder)
     try:
         _write_all(fd, data)
         if sync:
@@ -400,7 +461,7 @@ def _write(folder: int, name: str, data: bytes, *, sync: bool = True) -> None:
 
 def _file_lines(folder: int, name: str, size: int | None = None) -> Iterator[bytes]:
     """Lines without their newline, of the first `size` bytes."""
-    with open(_open_read(name, folder), "rb", buffering=READ_BYTES) as file:
+    with open(open_plain(name, folder), "rb", buffering=READ_BYTES) as file:
         left = size
         for line in file:
             if left is not None:

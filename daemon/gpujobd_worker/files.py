@@ -68,11 +68,18 @@ def input_lost_to(error: OSError, name: str) -> LeaseLost:
 
 
 def open_to_read(name: str, folder: int | None = None, flags: int = 0) -> int:
-    """Raises: LeaseLost."""
+    """A folder, or a plain file; of a FIFO nobody is waited for.
+
+    Raises: LeaseLost.
+    """
     try:
-        return os.open(name, os.O_RDONLY | flags | OPEN_FLAGS, dir_fd=folder)
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | flags | OPEN_FLAGS, dir_fd=folder)
     except OSError as error:
         raise input_lost_to(error, name) from None
+    if not flags & os.O_DIRECTORY and not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise LeaseLost("input_lost", f"{name} is no plain file")
+    return fd
 
 
 def take_lock(folder: int, give_up: Callable[[], bool], wait_s: float = LOCK_WAIT_S) -> int:
@@ -134,6 +141,8 @@ class Output:
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             raise LeaseLost("output_damaged", f"{self.name} is not a regular file")
+        if found.st_nlink > 1:  # whose it is as well, nobody knows: it must not be cut
+            raise LeaseLost("output_damaged", f"{self.name} has a second name")
         if found.st_size < self.size:
             raise LeaseLost(
                 "output_damaged", f"{self.name} has {found.st_size} bytes, its checkpoint {self.size}"
