@@ -14,11 +14,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import random
 import secrets
 import shutil
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
@@ -84,6 +85,12 @@ def cases(request: pytest.FixtureRequest) -> Callable[[int], Iterator[int]]:
             yield seed
 
     return draw
+
+
+@pytest.fixture
+def sampled() -> Callable[[range, int], Iterable[int]]:
+    """sampled(space, seed): all of a space that is to be exhausted; with GPUJOBD_FAULTS_SCALE below 1 a part of it."""
+    return lambda space, seed: space if SCALE >= 1 else random.Random(seed).sample(space, scaled(len(space)))
 
 
 @pytest.fixture

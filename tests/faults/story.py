@@ -273,11 +273,15 @@ class Store:
             steps.append(step)
             frame.append(plan.live(step))
         self.flying = len(frame)
+        self.begun(plan.seq)
         assert self.journal.append(frame) == plan.seq
         self.story, self.flying = plan, 0
         self.acknowledged(plan.seq)
         for step in steps:
             self._after(step)
+
+    def begun(self, seq: int) -> None:
+        """The frame up to here may be on disk from now on."""
 
     def acknowledged(self, seq: int) -> None:
         """Whoever waits is told."""

@@ -1,0 +1,122 @@
+"""Real file systems to hurt: ext4, xfs and btrfs on loop devices, and losefs.
+
+Everything mounted here is unmounted here, and every loop device is let go.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHUT_DOWN = 0x8004587D  # FS_IOC_GOINGDOWN
+WITHOUT_LOG_FLUSH = 2  # what was not committed is lost, as in a power cut
+SIZES_MIB = {"ext4": 64, "xfs": 320, "btrfs": 160}  # nearly the smallest that mkfs makes
+MAKE = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
+}
+WAIT_S = 30.0
+
+
+def tool(*words: object) -> str:
+    """Run one of the system's tools; what it says."""
+    env = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    run = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, env=env)
+    assert run.returncode == 0, f"{' '.join(map(str, words))}: {run.stderr or run.stdout}"
+    return run.stdout.strip()
+
+
+class FileSystem:
+    """One kernel file system in a file."""
+
+    def __init__(self, kind: str, image: Path, mount_point: Path) -> None:
+        self.kind, self.image, self.root = kind, image, mount_point
+        self.device = ""
+        if not image.exists():
+            with image.open("wb") as file:
+                file.truncate(SIZES_MIB[kind] << 20)
+            tool(*MAKE[kind], image)
+        mount_point.mkdir(exist_ok=True)
+
+    def __enter__(self) -> FileSystem:
+        self.mount()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unmount()
+
+    def mount(self) -> None:
+        self.device = tool("losetup", "--find", "--show", self.image)
+        tool("mount", "-t", self.kind, self.device, self.root)
+
+    def unmount(self) -> None:
+        """Also where it is dead, and again where it is done."""
+        if self.device:
+            unmount(self.root)
+            tool("losetup", "--detach", self.device)
+            self.device = ""
+
+    def remount(self) -> None:
+        self.unmount()
+        self.mount()
+
+    def shut_down(self) -> None:
+        """From now on nothing reaches the device."""
+        fd = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, SHUT_DOWN, array.array("I", [WITHOUT_LOG_FLUSH]))
+        finally:
+            os.close(fd)
+
+
+def unmount(root: Path) -> None:
+    """Somebody who was killed may still be letting go."""
+    give_up_at = time.monotonic() + WAIT_S
+    while True:
+        try:
+            tool("umount", root)
+        except AssertionError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+class LoseFS:
+    """losefs, mounted."""
+
+    def __init__(self, mount_point: Path) -> None:
+        self.root = mount_point
+
+    def control(self, **what: object) -> None:
+        os.setxattr(self.root, "user.losefs", json.dumps(what).encode())
+
+    def crash(self, keep: str, seed: int) -> None:
+        self.control(do="crash", keep=keep, seed=seed)
+
+
+@contextlib.contextmanager
+def losefs(mount_point: Path) -> Iterator[LoseFS]:
+    mount_point.mkdir(exist_ok=True)
+    with subprocess.Popen([sys.executable, HERE / "losefs.py", mount_point]) as server:
+        give_up_at = time.monotonic() + WAIT_S
+        while not os.path.ismount(mount_point):
+            assert server.poll() is None, "losefs did not come up"
+            assert time.monotonic() < give_up_at, "losefs did not come up"
+            time.sleep(0.01)
+        try:
+            yield LoseFS(mount_point)
+        finally:
+            unmount(mount_point)
+            server.wait(WAIT_S)
