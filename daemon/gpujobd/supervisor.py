@@ -151,6 +151,7 @@ class Supervisor:
         """Find out how the processes of a worker can be held together here."""
         self._base = await trio.to_thread.run_sync(cgroup.delegated)
         if self._base:
+            await trio.to_thread.run_sync(cgroup.step_aside, self._base)
             await trio.to_thread.run_sync(cgroup.sweep, self._base)
         else:
             cgroup.become_subreaper()
