@@ -266,16 +266,29 @@ def test_an_error_that_quotes_a_megabyte_is_cut():
     assert all(len(reply.message) < 1100 for reply in heard[1:])
 
 
-def test_a_bug_in_one_request_ends_one_connection(caplog):
-    def dispatch(c, request):
+def bug_at_once(c, request):
+    raise KeyError("a bug of ours")
+
+
+def bug_in_a_task(c, request):
+    async def fail_later():
+        await trio.sleep(1)
         raise KeyError("a bug of ours")
+
+    c.nursery.start_soon(fail_later)
+
+
+@pytest.mark.parametrize("dispatch", [bug_at_once, bug_in_a_task])
+def test_a_bug_in_one_request_ends_one_connection_with_an_internal_error(caplog, dispatch):
+    heard = []
 
     async def script(line):
         await line.say(HELLO + frame(protocol.Ping(id=1)))
-        await line.hear()
+        heard.extend(await line.hear())
 
     talk(script, dispatch)
     assert "a request of uid 1 failed" in caplog.text
+    assert (heard[-1].id, heard[-1].code) == (0, "internal")
 
 
 # --- a real daemon ----------------------------------------------------------------------------------------------------
@@ -378,7 +391,7 @@ EXAMPLES = {
     "input_sha256": b"x" * 32,
     "item_bytes": 2,
     "input": b"{}\n",
-    "params": {"k": [1]},
+    "params": {"k": 1},
     "data": b"",
     "jobs": [1],
     "job": 1,

@@ -45,6 +45,7 @@ OUT_BYTES_MAX: Final = 1 << 20
 DESCRIPTOR_BYTES: Final = 128 << 10  # what a descriptor that waits to be sent counts for
 TAKEN_LOOK_S: Final = 0.001  # the first time; then twice as long each
 REQUESTS_A_PASS: Final = 32  # then others get the loop: about half a millisecond
+OUR_BUG: Final = "a bug of the daemon, told in its log; what was asked last may have been done, or not"
 MESSAGE_CHARS_MAX: Final = 1000  # of an error: it may quote what the peer sent
 
 Dispatch = Callable[["Connection", AnyRequest], Awaitable[None] | None]
@@ -223,6 +224,8 @@ class Connection:
         except* Exception:
             extra = kind("request_failed", by_uid=self.peer.uid)
             log.exception("a request of uid %d failed", self.peer.uid, extra=extra)
+            self.send(_error(0, ErrorCode.INTERNAL, OUR_BUG))
+            self.flush()
         finally:
             self._close()
 
