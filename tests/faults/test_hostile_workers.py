@@ -61,7 +61,7 @@ def test_a_worker_that_misbehaves_costs_no_other_item(tmp_path, cases, count, do
             for seed in cases(4):
                 suffer(client, witness, random.Random(seed), do)
                 if do == "orphan":
-                    check_orphan_is_gone(side, seed)
+                    check_orphans_are_gone(side)
                 count(16)
             assert isinstance(witness.ask(protocol.Ping), protocol.Pong)
         assert host.process.poll() is None
@@ -91,19 +91,14 @@ def suffer(client: Client, witness: Client, rng: random.Random, do: str) -> None
     assert [(e["line"], e["error"]["code"]) for e in errors] == [(n, COSTS[do]) for n in lost], where
 
 
-def check_orphan_is_gone(side: Path, seed: int) -> None:
-    for pid in [int(path.read_text()) for path in side.glob("orphan*") if path.stat().st_size]:
-
-        def gone(pid: int = pid) -> bool:
-            try:
-                return "orphan" not in Path(f"/proc/{pid}/comm").read_text() and not is_ours(pid)
-            except (FileNotFoundError, ProcessLookupError):
-                return True
-
-        until(gone, f"process {pid} of seed {seed} to be killed")
+def check_orphans_are_gone(side: Path) -> None:
+    pids = [int(path.read_text()) for path in side.glob("orphan*") if path.stat().st_size]
+    assert pids
+    for pid in pids:
+        until(lambda: not is_worker(pid), f"process {pid} to be killed")  # noqa: B023
 
 
-def is_ours(pid: int) -> bool:
+def is_worker(pid: int) -> bool:
     """Whether it lives, and is no other process that got its number."""
     try:
         return b"gpujobd_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -112,10 +113,8 @@ class Hostile:
         self.wait_for_the_end()
 
     def oversize(self, _):
-        try:
+        with contextlib.suppress(OSError):
             self.say(b'{"type": "hello", "python": "' + b"x" * 2 * MIB)
-        except OSError:
-            pass
         self.wait_for_the_end()
 
     def half(self, _):
