@@ -176,9 +176,7 @@ class Spool:
         with self._folder_of(job_id) as folder:
             if job_id in self._ready and _exists(INPUT, folder):
                 return
-            os.fsync(
-                self._jobs
-            )  # first: an input moved into a folder that a power cut takes would go with it
+            os.fsync(self._jobs)  # first: what moves into a folder that a power cut takes goes with it
             if not _exists(INPUT, folder):
                 self._adopt(reservation_id, folder)
             os.fsync(folder)  # also what a run before this one has made and perhaps not synced

@@ -386,7 +386,7 @@ class Store:
         for job_id in list(self._leases):
             self._end_lease(job_id)
         self.journal.close()
-        for folder in (self.spool._incoming, self.spool._jobs):
+        for folder in (self.spool._root, self.spool._incoming, self.spool._jobs):
             files.os.close(folder)
 
 

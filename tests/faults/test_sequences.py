@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -53,13 +54,14 @@ class StoreSequences(RuleBasedStateMachine):
         try:
             yield
         except (OSError, JournalDead, LeaseEnded):
-            self.keep()
-            self.disk.restart_process()
-            self.boot()
+            self.again(self.disk.cut_power if self.disk.dying else self.disk.restart_process)
         except PowerCut:
-            self.keep()
-            self.disk.cut_power()
-            self.boot()
+            self.again(self.disk.cut_power)
+
+    def again(self, end: Callable[[], None]) -> None:
+        self.keep()
+        end()
+        self.boot()
 
     def keep(self) -> None:
         if self.store.up:
@@ -95,18 +97,15 @@ class StoreSequences(RuleBasedStateMachine):
             self.known, self.flying = self.store.story, 0
             self.boot()
 
+    @precondition(lambda self: not self.disk.dying)
     @rule()
     def kill(self) -> None:
-        self.keep()
-        self.disk.restart_process()
-        self.boot()
+        self.again(self.disk.restart_process)
 
     @rule(seed=st.integers(0, 1 << 16))
     def cut(self, seed: int) -> None:
         self.disk.rng.seed(seed)
-        self.keep()
-        self.disk.cut_power()
-        self.boot()
+        self.again(self.disk.cut_power)
 
     @precondition(lambda self: self.disk.fault is None and not self.disk.dying)
     @rule(
@@ -120,11 +119,8 @@ class StoreSequences(RuleBasedStateMachine):
         self.disk.fault = Fault(self.disk.ops + after, kind, sticky and kind != "dying")
 
     def teardown(self) -> None:
-        self.disk.fault = None
-        self.keep()
-        self.disk.cut_power()
         try:
-            self.boot()
+            self.again(self.disk.cut_power)
         finally:
             self.patched.close()
 
