@@ -112,10 +112,8 @@ def hanging(tmp_path, kind, config=""):
     """A daemon in which something hangs while the file is there."""
     host = Host(tmp_path / "host", config, {"count": fake(COUNT)})
     flag = tmp_path / "hang"
-    words = ["serve", "--config", host.folder / "gpujobd.toml", "--state-dir", host.folder / "state"]
-    with (host.folder / "daemon.log").open("ab") as log:
-        command = [sys.executable, "-c", HANGS, kind, flag, *words, "--socket", host.socket]
-        host.process = subprocess.Popen([*map(str, command)], stderr=log, cwd=host.folder)
+    host.program = [sys.executable, "-c", HANGS, kind, flag]
+    host.launch()
     try:
         yield host, flag
     finally:
@@ -201,6 +199,7 @@ def test_every_wish_that_was_kept_was_answered_before_the_end(tmp_path):
             assert host.stop() == 0
             for thread in threads:
                 thread.join(HANG_S)
+        host.program = [sys.executable, "-m", "gpujobd"]
         host.start()
         told = host.jobctl("events", "--json").stdout.splitlines()
         kept = [event["message"] for event in map(json.loads, told) if event["event"] == "queue_switched"]

@@ -54,15 +54,16 @@ def is_stderr(environ: Mapping[str, str] = os.environ, fd: int = 2) -> bool:
 
 
 def entry(fields: Iterable[tuple[str, object]]) -> bytes:
-    """The bytes of one entry."""
-    framed = bytearray()
+    """The bytes of one entry. Nearly all values are of one line: these are encoded in one go."""
+    lines, framed = [], bytearray()
     for name, value in fields:
-        raw = str(value).encode("utf-8", "backslashreplace")
-        if b"\n" in raw:
+        text = str(value)
+        if "\n" in text:
+            raw = text.encode("utf-8", "backslashreplace")
             framed += b"%b\n%b%b\n" % (name.encode(), struct.pack("<Q", len(raw)), raw)
         else:
-            framed += b"%b=%b\n" % (name.encode(), raw)
-    return bytes(framed)
+            lines.append(f"{name}={text}\n")
+    return "".join(lines).encode("utf-8", "backslashreplace") + framed
 
 
 class Journald:
