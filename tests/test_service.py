@@ -206,12 +206,18 @@ def test_every_wish_that_was_kept_was_answered_before_the_end(tmp_path):
         assert sorted(kept) == sorted(answered)
 
 
+def in_hand(host, job):
+    """Whether the handler has items of the job: its page of suspects names lines."""
+    page = host.results(job).with_name("suspects")
+    return page.exists() and any(page.read_bytes()[8:24])
+
+
 def test_systemd_hears_how_far_a_stop_is_and_that_more_time_is_needed(tmp_path, systemd):
-    slow = fake(SLOW, batch_max=16, params={"item_s": 0.1})
+    slow = fake(SLOW, batch_max=1, params={"item_s": 3.0})
     with hosted(tmp_path / "host", slow=slow) as host:
         with host.client() as client:
             job = client.submit("slow", texts(500)).job
-            until(lambda: client.job(job).items.done > 0, "a checkpoint")
+            until(lambda: in_hand(host, job), "a call of the handler")
         systemd.forget()
         assert host.stop() == 0
         assert systemd.said("STOPPING") == ["1"]
@@ -226,11 +232,11 @@ def test_systemd_hears_how_far_a_stop_is_and_that_more_time_is_needed(tmp_path, 
 
 
 def test_a_sighup_on_the_way_down_changes_nothing(tmp_path, systemd):
-    slow = fake(SLOW, batch_max=16, params={"item_s": 0.1})
+    slow = fake(SLOW, batch_max=1, params={"item_s": 3.0})
     with hosted(tmp_path / "host", slow=slow) as host:
         with host.client() as client:
             client.submit("slow", texts(500))
-            until(lambda: client.job(1).items.done > 0, "a checkpoint")
+            until(lambda: in_hand(host, 1), "a call of the handler")
         host.process.send_signal(signal.SIGTERM)
         until(lambda: systemd.said("STOPPING"), "the stop")
         host.process.send_signal(signal.SIGHUP)
