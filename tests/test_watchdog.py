@@ -203,8 +203,8 @@ def rate(_):
 
 def test_the_line_says_what_runs_how_fast_and_what_waits():
     state = state_of(DevicesFound(at_ns=1, devices=("cuda:0",)), job(1), job(2), runs(1, "cuda:0"))
-    assert status(state, rate) == "job 1 of alice on cuda:0: 0/50,000, 310/s; 1 waiting"
-    assert status(state, lambda _: None) == "job 1 of alice on cuda:0: 0/50,000; 1 waiting"
+    assert status(state, rate) == "alice on cuda:0: 0/50,000, 310/s; 1 waiting"
+    assert status(state, lambda _: None) == "alice on cuda:0: 0/50,000; 1 waiting"
     assert status(State(), rate) == "idle; 0 waiting"
     assert status(State(), rate, "reload refused: x") == "idle; 0 waiting; reload refused: x"
 
