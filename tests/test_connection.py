@@ -459,11 +459,6 @@ def test_two_thousand_mutated_frames_are_survived(host, witness):
     fuzz(host, 2_000, seed=int(os.environ.get("GPUJOBD_SEED", "0")) or 1)
 
 
-@pytest.mark.slow
-def test_twenty_thousand_mutated_frames_are_survived(host, witness):
-    fuzz(host, 20_000, seed=int(os.environ.get("GPUJOBD_SEED", "0")) or random.randrange(1 << 30))
-
-
 def memory_bytes(host):
     with open(f"/proc/{host.process.pid}/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()

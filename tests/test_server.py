@@ -323,29 +323,3 @@ def test_another_users_ping_is_prompt_under_a_flood(host, stopped_queue, what):
         took[-1],
     )
     assert took[len(took) * 99 // 100] < 0.25
-
-
-@pytest.mark.slow
-def test_another_users_ping_is_prompt_among_silent_and_slow_connections(host):
-    silent, _ = crowd(host, 31_001, 100)
-    slow = os.fork()
-    if slow == 0:
-        try:
-            os.setuid(31_002)
-            socks = []
-            for _ in range(50):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.connect(str(host.socket))
-                socks.append(sock)
-            while True:
-                for sock in socks:
-                    with contextlib.suppress(OSError):
-                        sock.send(HELLO[:1])
-                time.sleep(1)
-        finally:
-            os._exit(1)
-    try:
-        took = pings(host, 5.0)
-    finally:
-        end(silent, slow)
-    assert took[len(took) * 99 // 100] < 0.25

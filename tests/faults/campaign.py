@@ -85,6 +85,15 @@ class Campaign:
         self._over = threading.Event()
         self._calls: list[tuple[Wish, subprocess.Popen[str]]] = []
 
+    def __enter__(self) -> Campaign:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for _, call in self._calls:
+            call.kill()
+            call.communicate()
+
     # --- a life -----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -111,6 +120,8 @@ class Campaign:
             with self.host.client() as client:
                 while not self._over.is_set():
                     play(client, rng)
+        except TimeoutError as error:  # it lives, and does not answer
+            self.surprises.append(error)
         except OSError:
             pass  # the daemon is gone
         except BaseException as error:  # noqa: BLE001 - told by end()

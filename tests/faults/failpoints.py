@@ -1,7 +1,7 @@
 """Where a process is made to die: names in the code, and in which part of a run they are reached.
 
 `place:when` as in mortal.py. `calls`: it dies at one of so many first calls. tests/test_failpoints.py looks every name
-up in the code, and test_kills.py fails for a place that no run gets to.
+up in the code, and test_deaths.py fails for a place that no run gets to.
 """
 
 from __future__ import annotations

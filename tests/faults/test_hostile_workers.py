@@ -19,7 +19,7 @@ from harness import Client, Host, fake, until
 
 pytestmark = pytest.mark.slow
 
-CONFIG = "[worker]\nsilent_timeout_s = 2.0\nstall_timeout_s = 1.5\ncheckpoint_s = 0.05\n"
+CONFIG = "[worker]\nsilent_timeout_s = 4.0\nstall_timeout_s = 3.0\ncheckpoint_s = 0.05\n"
 QUICK = {
     "gpujobd.worker.DUMP_S": 0.2,
     "gpujobd.worker.TERMINATE_S": 0.3,

@@ -32,8 +32,7 @@ def test_sigterm_at_a_random_moment_wastes_nothing_that_was_computed(
         side = tmp_path / f"{seed}.side"
         handler = fake("toys:Count", batch_max=8, params={"side": str(side), "call_s": 0.004})
         host = Host(tmp_path / str(seed), "[worker]\ncheckpoint_s = 0.02\n", {"count": handler})
-        with ended(host):
-            campaign = Campaign(host, rng)
+        with ended(host), Campaign(host, rng) as campaign:
             for _ in range(STOPS):
                 host.start()
                 campaign.hold_to_it()
@@ -48,16 +47,16 @@ def test_sigterm_at_a_random_moment_wastes_nothing_that_was_computed(
             assert host.stop() == 0
             assert "did not end within" not in host.log()  # every pause was at a batch's end
             assert "Traceback" not in host.log(), host.log()
-            assert side_is_clean(side)
+            check_side(side)
 
 
-def side_is_clean(side: Path) -> bool:
-    """Whether every item was computed once at most, whatever stopped its job."""
-    if not side.exists():  # every job was cancelled before its turn
-        return True
-    twice = [text for text, times in Counter(side.read_text().splitlines()).items() if times > 1]
+def check_side(side: Path) -> None:
+    """Every item was computed once at most, whatever stopped its job."""
+    texts = (
+        side.read_text().splitlines() if side.exists() else []
+    )  # none: every job was cancelled before its turn
+    twice = [text for text, times in Counter(texts).items() if times > 1]
     assert not twice, twice
-    return True
 
 
 def test_an_output_that_sigterm_interrupted_is_the_same_to_the_byte(tmp_path, cases, count) -> None:
