@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -581,3 +583,23 @@ print(count, after - before)
     count, grown_kib = map(int, run.stdout.split())
     assert count == 1_000_000
     assert grown_kib < 64 << 10
+
+
+def test_a_snapshot_that_cannot_be_named_leaves_the_journal_alive() -> None:
+    """A full xfs refuses the rename of a file that is there already."""
+    disk = SimDisk()
+    journal = Journal("/j", disk, SEGMENT_BYTES)
+    journal.open()
+    journal.append([b"one"])
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(disk, "rename", refuse_to_rename)
+        with pytest.raises(OSError, match="No space"):
+            journal.write_snapshot(1, [b"state"])
+    assert journal.dead is None
+    assert not [name for name in disk.listdir("/j") if name.startswith("snap-")]
+    journal.append([b"two"])
+    journal.write_snapshot(2, [b"state"])
+
+
+def refuse_to_rename(old: str, new: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), new)

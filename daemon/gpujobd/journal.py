@@ -370,12 +370,12 @@ class Journal:
         path = self._path(recovery.snapshot_name(seq))
         try:
             snapfile.write(self._disk, path + ".tmp", self._store, seq, chunks)
+            self._disk.rename(path + ".tmp", path)  # on a full xfs this may be what finds no space
         except (OSError, snapfile.SnapshotDamagedError):
             with contextlib.suppress(OSError):
                 self._disk.unlink(path + ".tmp")
             raise
         try:
-            self._disk.rename(path + ".tmp", path)
             self._disk.fsync_dir(self.directory)
             self._forget_snapshots(seq)
         except OSError as error:
