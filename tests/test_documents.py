@@ -275,3 +275,12 @@ def test_documents_keep_their_size():
     assert len(DESIGN.splitlines()) <= 450
     figures = README.partition("## Figures")[2].partition("\n## ")[0]
     assert len(README.splitlines()) - len(figures.splitlines()) <= 150
+
+
+def test_every_file_that_the_security_checklist_names_is_there() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 30
+    for name in named:
+        places = (ROOT / "tests" / name, ROOT / "daemon" / "gpujobd" / name, ROOT / "daemon" / name)
+        assert any(place.is_file() for place in places), name

@@ -85,9 +85,10 @@ def check(config_file: Path | None) -> None:
 def fsck(state_dir: Path | None, losses: tuple[str, ...], output: Path | None) -> None:
     """Read the journal and report; exit status 0 if a start would accept it, 1 if not, 78 if it cannot be read.
 
-    The journal itself is never written: --accept-loss makes a repaired copy, to be put in its place by hand.
+    The journal itself is never written: --accept-loss makes a repaired copy, to be put in its place by hand. What that
+    costs, job by job, is told by the report, and again when the copy is made.
     """
-    from gpujobd import config, fsck  # noqa: PLC0415
+    from gpujobd import config, fsck, salvage  # noqa: PLC0415
     from gpujobd.recovery import JournalError  # noqa: PLC0415
 
     journal = (state_dir or config.default_state_dir()) / "journal"
@@ -95,18 +96,22 @@ def fsck(state_dir: Path | None, losses: tuple[str, ...], output: Path | None) -
         if not losses:
             found = fsck.report(journal)
             click.echo(str(found))
+            if not found.ok:
+                click.echo(f"without what is unreadable:\n{salvage.loss(journal, found.unreadable)}")
             sys.exit(0 if found.ok else 1)
-        first, *others = [_range(text) for text in losses]
-        copied = fsck.accept_loss(
-            journal, *first, output or journal.with_name("journal.repaired"), also=others
-        )
+        ranges = [_range(text) for text in losses]
+        copied, lost = salvage.repair(journal, ranges, output or journal.with_name("journal.repaired"))
     except JournalError as error:
         click.echo(f"gpujobd: {error}", err=True)
         sys.exit(1)
     except OSError as error:
         click.echo(f"gpujobd: {error.filename or journal}: {error.strerror or error}", err=True)
         sys.exit(78)
+    click.echo(str(lost))
     click.echo(f"{copied.target}: {copied.records} records, {copied.dropped} readable ones given up")
+    click.echo(
+        f"to use it: stop gpujobd, keep {journal} under another name, and rename the copy to {journal}"
+    )
 
 
 def _range(text: str) -> tuple[int, int]:

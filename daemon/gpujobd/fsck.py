@@ -141,7 +141,7 @@ def report(directory: Path | str, disk: Disk | None = None) -> Report:
     """
     disk, directory = disk or Disk(), str(directory)
     found = Report(directory, running=disk.is_locked(f"{directory}/LOCK"))
-    scan = _Scan(disk, directory)
+    scan = Scan(disk, directory)
     found.segments, found.problems, found.lost = scan.segments, scan.problems, scan.lost
     found.store, found.torn = str(uuid.UUID(bytes=scan.store)) if scan.store else "", scan.torn
     found.first_seq, found.last_seq = scan.first_seq, scan.next_seq - 1
@@ -189,7 +189,7 @@ def accept_loss(
     """
     disk, directory, target = disk or Disk(), str(directory), str(target)
     given_up = [(a, b) for a, b in [(first, last), *also] if b >= a]
-    before, scan = report(directory, disk), _Scan(disk, directory)
+    before, scan = report(directory, disk), Scan(disk, directory)
     _check_ranges(before, scan, given_up)
     disk.mkdir(target)
     if disk.listdir(target):
@@ -199,7 +199,7 @@ def accept_loss(
     return Copied(target, records, dropped, after.segments[0].first_seq, after.next_seq - 1)
 
 
-def _copy_all(copy: _Copy, scan: _Scan, given_up: list[tuple[int, int]]) -> tuple[int, int]:
+def _copy_all(copy: _Copy, scan: Scan, given_up: list[tuple[int, int]]) -> tuple[int, int]:
     """(records copied, readable records dropped)"""
     records = dropped = 0
     for frame in scan.frames:
@@ -211,7 +211,7 @@ def _copy_all(copy: _Copy, scan: _Scan, given_up: list[tuple[int, int]]) -> tupl
     return records, dropped
 
 
-def _check_ranges(before: Report, scan: _Scan, given_up: list[tuple[int, int]]) -> None:
+def _check_ranges(before: Report, scan: Scan, given_up: list[tuple[int, int]]) -> None:
     for first, last in before.unreadable:
         if not any(a <= first and last <= b for a, b in given_up):
             raise JournalError(f"{before.directory}: {recovery.lost_text(first, last)} cannot be read either")
@@ -225,11 +225,11 @@ def _check_ranges(before: Report, scan: _Scan, given_up: list[tuple[int, int]]) 
         raise JournalError(f"{before.directory}: no segment and no snapshot says which store this is")
 
 
-class _Scan:
+class Scan:
     """Every frame of a directory that checks, whatever stands between them."""
 
     def __init__(self, disk: Disk, directory: str) -> None:
-        self._disk, self._directory = disk, directory
+        self._disk, self.directory = disk, directory
         self.snapshots = recovery.read_snapshots(disk, directory)
         self.frames: list[_Frame] = []
         self.segments: list[SegmentReport] = []
@@ -246,6 +246,8 @@ class _Scan:
         begins = [h.begins if h else _named(name) for name, h in zip(names, headers, strict=True)]
         for name, header, ends in zip(names, headers, [*begins[1:], 0], strict=True):
             self._segment(name, header, ends)
+        if not self.store and self.frames:  # a frame names four bytes of it, and nothing asks for more
+            self.store = self.frames[0].header.store_id.to_bytes(4, "little") + bytes(12)
         self.first_seq = self.segments[0].first_seq if self.segments else self.next_seq
         if self.snapshots.valid and self.snapshots.valid[-1] >= self.next_seq:
             self._problem(
@@ -253,12 +255,12 @@ class _Scan:
             )
 
     def records_of(self, frame: _Frame) -> list[bytes]:
-        fd = self._disk.open(f"{self._directory}/{frame.file}")
+        fd = self._disk.open(f"{self.directory}/{frame.file}")
         try:
             held = self._disk.pread(fd, frame.header.size, frame.offset)
         finally:
             self._disk.close(fd)
-        return recovery.read_frame(held, 0, f"{self._directory}/{frame.file} at {frame.offset}")[1]
+        return recovery.read_frame(held, 0, f"{self.directory}/{frame.file} at {frame.offset}")[1]
 
     def _find_store(self, headers: list[frames.SegmentHeader | None]) -> None:
         """From any block 0 or snapshot that checks."""
@@ -267,7 +269,7 @@ class _Scan:
 
     def _segment(self, name: str, header: frames.SegmentHeader | None, ends: int) -> None:
         """`ends`: where the next segment begins; 0: this is the last."""
-        held = get(self._disk, f"{self._directory}/{name}")
+        held = get(self._disk, f"{self.directory}/{name}")
         whole_blocks = -(-len(held) // frames.BLOCK) * frames.BLOCK
         self.size_bytes = max(self.size_bytes, whole_blocks, header.segment_bytes if header else 0)
         self._start(name, header, held)
@@ -362,14 +364,14 @@ class _Scan:
 class _Copy:
     """A new journal directory, written from the first frame on."""
 
-    def __init__(self, disk: Disk, target: str, scan: _Scan) -> None:
+    def __init__(self, disk: Disk, target: str, scan: Scan) -> None:
         self._disk, self._target = disk, target
         self._store, self._size_bytes = scan.store, scan.size_bytes
         self._fd, self._offset, self._header_crc = -1, 0, 0
         self._next_seq = scan.begins
         for seq in scan.snapshots.valid:
             name = recovery.snapshot_name(seq)
-            self._write_file(name, get(disk, f"{scan._directory}/{name}"))  # noqa: SLF001 - the other half of this
+            self._write_file(name, get(disk, f"{scan.directory}/{name}"))
 
     def add(self, records: list[tuple[int, bytes]]) -> None:
         """One frame for each run of numbers."""
