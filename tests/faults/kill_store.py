@@ -4,6 +4,9 @@
     python kill_store.py call DIRECTORY SEED KILLS            SIGKILL by strace at the k-th of one kind of system call
     python kill_store.py cut-ext4 DIRECTORY SEED KILLS        stopped, then its file system loses what was not committed
     python kill_store.py die-xfs DIRECTORY SEED KILLS         the file system dies under it while it works
+    python kill_store.py tear-ext4 DIRECTORY SEED KILLS       stopped, then its disk keeps any sectors since the last flush
+    python kill_store.py fail-btrfs DIRECTORY SEED KILLS      the disk refuses writes for a while, the next process starts on
+                                                              what the page cache shows, and then the power goes
 
 A program of its own, because a test process with threads must not fork. The child says over a pipe up to which record a
 frame goes before it writes it, and that it was acknowledged after that: what was acknowledged must be there, and nothing
@@ -13,6 +16,7 @@ that was never begun.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import random
@@ -24,7 +28,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from filesystems import FileSystem
+from filesystems import FileSystem, LoseFS, losefs
 from gpujobd.disk import Disk
 from gpujobd.journal import JournalDead
 from sim_os import joined
@@ -99,6 +103,10 @@ class Victim:
             self.begun = max(self.begun, int(seq))
             if word == "acknowledged":
                 self.known.advance(int(seq))
+        self.check()
+
+    def check(self) -> None:
+        """Start on what stands, and look at all of it."""
         null = os.open(os.devnull, os.O_WRONLY)
         store = Telling(self.folder, self.seed, random.Random(0), self.known, null)
         store.start(self.begun - self.known.seq)
@@ -151,6 +159,43 @@ def cut(victim: Victim, luck: random.Random, file_system: FileSystem, *, working
     return True
 
 
+def tear(victim: Victim, luck: random.Random, file_system: FileSystem, disk: LoseFS) -> bool:
+    """The power goes for a disk that has a cache of its own."""
+    child, heard = victim.fork(luck, stopped=False)
+    time.sleep(luck.uniform(0.001, 0.3))
+    os.kill(child, signal.SIGSTOP)
+    lose_power(file_system, disk, luck, child)
+    victim.look(heard)
+    return True
+
+
+def fail(victim: Victim, luck: random.Random, file_system: FileSystem, disk: LoseFS) -> bool:
+    """What a failed sync has left in the page cache must not be built on."""
+    child, heard = victim.fork(luck, stopped=False)
+    time.sleep(luck.uniform(0.05, 0.3))
+    disk.control(do="fail", call="write", errno=errno.EIO, sticky=luck.random() < 0.5)
+    time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    disk.control(do="heal")
+    with contextlib.suppress(OSError, JournalDead, LeaseEnded):  # where the file system has given up
+        victim.look(heard)
+    lose_power(file_system, disk, luck)
+    victim.check()
+    return True
+
+
+def lose_power(file_system: FileSystem, disk: LoseFS, luck: random.Random, child: int = 0) -> None:
+    """From now on the disk takes nothing; then it keeps of its cache what it likes."""
+    disk.control(do="fail", call="write", errno=errno.EIO, sticky=True)
+    if child:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    file_system.unmount()
+    disk.crash("sectors", luck.getrandbits(32))
+    file_system.mount()
+
+
 def ended(victim: Victim, child: int, heard: int) -> bool:
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -166,10 +211,17 @@ def main() -> None:
         kill, frames = {"time": kill_in_time, "call": kill_at_call}.get(how), 14
         if kill is None:
             end, kind = how.split("-")
-            file_system = FileSystem(kind, Path(folder, "image"), Path(folder, "mounted"))
+            on = Path(folder)
+            if end in ("tear", "fail"):
+                disk = stack.enter_context(losefs(on / "disk"))
+                on = disk.root
+            file_system = FileSystem(kind, on / "image", Path(folder, "mounted"))
             stack.enter_context(file_system)
             folder, frames = str(file_system.root), 200
-            kill = functools.partial(cut, file_system=file_system, working=end == "die")
+            if end in ("tear", "fail"):
+                kill = functools.partial(tear if end == "tear" else fail, file_system=file_system, disk=disk)
+            else:
+                kill = functools.partial(cut, file_system=file_system, working=end == "die")
         records = run(kill, folder, random.Random(seed), seed, wanted, frames)
     print(f"{wanted} kills, {records} records, seed {seed}")
 

@@ -1,4 +1,4 @@
-"""Rows 5, 6 and 8: the process of the store, or the kernel file system under it, is ended at any moment."""
+"""Rows 5, 6 and 8 to 10: the process of the store, the kernel file system under it, or the disk under that, ends."""
 
 from __future__ import annotations
 
@@ -54,3 +54,22 @@ def test_a_kernel_file_system_that_ends_takes_nothing_acknowledged_with_it(
     for seed in cases(times // 25):
         kill(how, tmp_path / str(seed), seed, 25)
         count(8, 25)
+
+
+def test_a_power_cut_below_the_file_system_loses_nothing_acknowledged(
+    tmp_path: Path, cases, count, needs
+) -> None:
+    needs(9, "root", "loop", "fuse", "mkfs.ext4")
+    for seed in cases(4):
+        kill("tear-ext4", tmp_path / str(seed), seed, 10)
+        count(9, 10)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_writes_that_fail_below_the_file_system_lose_nothing_acknowledged(
+    kind: str, tmp_path: Path, cases, count, needs
+) -> None:
+    needs(10, "root", "loop", "fuse", f"mkfs.{kind}")
+    for seed in cases(2):
+        kill(f"fail-{kind}", tmp_path / str(seed), seed, 2)
+        count(10, 2)
