@@ -667,3 +667,48 @@ def test_retention_is_bounded_a_call() -> None:
     assert [len(it.give(inputs.Retain())[0].job_ids) for _ in range(2)] == [1000, 100]  # type: ignore[union-attr]
     assert it.give(inputs.Retain()) == []
     assert it.state.book.submit_ids == {}
+
+
+# --- the clock is put back by a day ----------------------------------------------------------------------------------
+
+DAY_S = 86_400
+
+
+def test_clock_put_back_does_not_keep_a_job_in_backoff() -> None:
+    it = house()
+    it.submit()
+    it.loaded()
+    for _ in range(2):  # the first loss is redone at once
+        it.lose()
+    assert not it.runs()
+    it.wait(-DAY_S)
+    assert it.runs()
+    check_bookkeeping(it.state)
+
+
+def test_clock_put_back_does_not_wake_a_job_that_begins_later() -> None:
+    it = house()
+    it.submit(begin_ns=it.now_ns + 10 * S_NS)
+    it.wait(-DAY_S)
+    assert not it.runs()
+    it.wait(DAY_S + 10)
+    assert it.runs()
+
+
+def test_clock_put_back_does_not_keep_a_handler_in_backoff() -> None:
+    it = house()
+    it.submit()
+    it.give(inputs.LoadFailed(device="cpu", attempt=1, used_ns=0, error="x"))
+    assert not it.runs()
+    it.wait(-DAY_S)
+    assert it.runs()
+
+
+def test_clock_put_back_does_not_keep_a_device_unhealthy() -> None:
+    it = house()
+    it.submit()
+    it.give(inputs.Unkillable(device="cpu"))
+    it.lose()
+    assert not it.runs()
+    it.wait(-DAY_S)
+    assert it.runs()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Final
 
-from simulation.pulse import FINE, SLOW
+from simulation.pulse import FINE, HARSH, SLOW
 from simulation.world import World
+
+PACES: Final = {"fine": FINE, "slow": SLOW, "harsh": HARSH}
 
 
 def main() -> None:
     seed, days = int(sys.argv[1]), float(sys.argv[2])
-    world = World(seed, FINE if "fine" in sys.argv else SLOW)
+    world = World(seed, PACES[sys.argv[3]] if len(sys.argv) > 3 else SLOW)
     began = time.process_time()
     try:
         world.live(days)

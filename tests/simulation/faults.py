@@ -125,14 +125,14 @@ class Faults:
     # --- workers --------------------------------------------------------------------------------------------------------
 
     def trouble(self) -> str:
-        if self._luck.random() >= (0.02 if self.storm else 0.0005):
+        if self._luck.random() >= self.pulse.trouble * (0.02 if self.storm else 0.0005):
             return ""
         (trouble,) = self._luck.choices(list(TROUBLES), list(TROUBLES.values()))
         self.happen(f"worker {trouble}")
         return trouble
 
     def load_trouble(self, handler: str) -> str:
-        if self._luck.random() >= (0.08 if self.storm else 0.002):
+        if self._luck.random() >= self.pulse.trouble * (0.08 if self.storm else 0.002):
             return ""
         trouble = self._luck.choice(("fails", "fails", "dies", "hangs")) if handler else "no interpreter"
         if handler or self._luck.random() < 0.1:

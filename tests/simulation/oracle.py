@@ -20,12 +20,16 @@ from core_house import bookkeeping, check_bookkeeping
 from gpujobd import protocol
 from gpujobd.core import events, policy, snapshot
 from gpujobd.core.apply import apply
+from gpujobd.core.leases import BACKOFF_MAX_NS, ILL_MAX_NS
 from gpujobd.core.model import FINAL, S_NS, Job, JobState, Priority, Rules, State, YieldWhy
 from gpujobd.daemon import Daemon
 from gpujobd.journal import Recovered
 from simulation.people import Submission
 from simulation.pulse import Pulse
 from simulation.workers import outcome_of
+
+REST_MAX_S: Final = 2 * (ILL_MAX_NS / S_NS) + BACKOFF_MAX_NS / S_NS + 300
+"""The longest backoff, a job's after its canary failed, then a device's or a handler's that began just before its end."""
 
 
 class Oracle:
@@ -53,6 +57,7 @@ class Oracle:
         self._heard_of_lease: dict[str, float] = {}
         self._daemon: Daemon
         self._looked_s = 0.0
+        self._rests_since_s: dict[str, float] = {}  # devices, handlers and jobs in backoff
         self._waits_s: dict[str, float] = {}
         self._gaps: dict[tuple[str, str], float] = {}
         self.widest_gap_s = self.longest_wait_s = 0.0
@@ -80,6 +85,7 @@ class Oracle:
         self._daemon = daemon
         self._looked_s = self._now_s()
         self._heard_of_lease.clear()
+        self._rests_since_s.clear()
         self._gaps.clear()
         state = daemon._turns.state
         assert state.seq == len(self.facts), (state.seq, len(self.facts))
@@ -230,8 +236,11 @@ class Oracle:
     def _records(self, job: Job, name: str, size: int, crc: int, *, errors: bool = False) -> list[int]:
         if not size:
             return []
-        with open(os.path.join(self._spool, "jobs", str(job.job_id), name), "rb") as file:
-            counted = file.read(size)
+        try:
+            with open(os.path.join(self._spool, "jobs", str(job.job_id), name), "rb") as file:
+                counted = file.read(size)
+        except OSError as error:
+            raise AssertionError(f"job {job.job_id}: {size} bytes of {name} count, and: {error}") from None
         assert len(counted) == size, f"job {job.job_id}: {name} has {len(counted)} bytes, {size} count"
         assert zlib.crc32(counted) == crc, f"job {job.job_id}: {name} is not what was checkpointed"
         return [self._check_record(job.job_id, line, errors=errors) for line in counted.splitlines()]
@@ -267,6 +276,7 @@ class Oracle:
         self._check_limits(head, rules)
         self._check_waiting(state, rules, now_ns, now_s)
         self._check_fairness(state, rules)
+        self._check_backoffs(state, rules, now_ns, now_s)
 
     def _check_leases(self, state: State, supervisor: Any, now_s: float) -> None:
         for device in state.devices.values():
@@ -310,6 +320,18 @@ class Oracle:
                 self.longest_wait_s = max(waited_s, self.longest_wait_s)
                 longest_s = (rules.aging_ns + rules.wait_max_ns) / S_NS + self._round_s(state, rules)
                 assert waited_s <= longest_s, f"{tenant} has waited {waited_s:.0f} s"
+
+    def _check_backoffs(self, state: State, rules: Rules, now_ns: int, now_s: float) -> None:
+        """Nothing waits for another try longer than the longest backoff, whatever somebody does to the clock."""
+        resting = {device.name for device in state.devices.values() if not policy.usable(device, now_ns)}
+        resting |= policy.blocked_handlers(state, rules, now_ns).keys()
+        asleep = (state.jobs[job_id] for _, job_id in state.book.asleep)
+        resting |= {f"job {job.job_id}" for job in asleep if job.begin_ns < job.retry_at_ns}
+        for name in self._rests_since_s.keys() - resting:
+            del self._rests_since_s[name]
+        for name in resting:
+            rested_s = now_s - self._rests_since_s.setdefault(name, now_s)
+            assert rested_s < REST_MAX_S, f"{name} has been resting for {rested_s:.0f} s"
 
     def _round_s(self, state: State, rules: Rules) -> float:
         """A turn, a batch and a load of everybody who is there, and of two devices that must be given back."""

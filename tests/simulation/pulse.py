@@ -35,6 +35,7 @@ class Pulse:
     load_s: float = 5.0  # loading the smallest model
     idle_s: float = 5.0  # between two wishes of one person
     eagerness: float = 200.0  # how many times as often as in a slow month something goes wrong
+    trouble: float = 1.0  # the same of what goes wrong in a call of a handler
     snapshot_events: int = 300
 
 
@@ -63,3 +64,6 @@ SLOW: Final = Pulse(
     eagerness=1.0,
     snapshot_events=1000,
 )
+
+HARSH: Final = dataclasses.replace(SLOW, eagerness=8.0, trouble=5.0)
+"""The same, with a fault every ten minutes instead of every hour and a half."""

@@ -15,13 +15,13 @@ from gpujobd.feed import Feed
 from gpujobd.journal import Journal
 from gpujobd.turns import Turns
 from gpujobd_worker.files import JobFiles
-from simulation.pulse import SLOW
+from simulation.pulse import HARSH
 from simulation.world import World
 
 pytestmark = pytest.mark.slow
 
-WORLDS = 4
-DAYS = 3.0
+WORLDS = 6
+DAYS = 1.0
 
 Patch = pytest.MonkeyPatch
 
@@ -158,7 +158,7 @@ VARIANTS = [
 @pytest.mark.parametrize("broken", VARIANTS, ids=lambda variant: variant.__name__)
 def test_a_daemon_that(broken: Callable[[Patch], None], capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(5001, 5001 + WORLDS):
-        world = World(seed, SLOW)
+        world = World(seed, HARSH)
         with Patch.context() as patch:
             broken(patch)
             try:

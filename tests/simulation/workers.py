@@ -361,9 +361,9 @@ class Machine:
                 await trio.sleep_forever()
             case "says nonsense":
                 self._put(self._luck.randbytes(20) + b"\n")
-            case "says old things":
-                point = lease.writer.checkpoint
-                self._send("checkpoint", attempt=lease.terms.attempt - 1, checkpoint=point)
+            case "says old things":  # what another attempt had computed, and nobody has kept
+                old = _further(lease.writer.checkpoint, min(lease.terms.items - first + 1, 3))
+                self._send("checkpoint", attempt=lease.terms.attempt - 1, checkpoint=old)
             case "lies":
                 lie = {**lease.writer.checkpoint, "upto": lease.terms.items, "done": lease.terms.items}
                 self._send("checkpoint", attempt=lease.terms.attempt, checkpoint=lie | {"failed": 5})
@@ -449,6 +449,12 @@ class Lease:
 
     def report(self) -> dict[str, Any]:
         return {"checkpoint": self.writer.checkpoint, "timings": {"compute_s": 1.0}, "vram_bytes": 10 << 30}
+
+
+def _further(point: dict[str, Any], lines: int) -> dict[str, Any]:
+    """A checkpoint that could follow."""
+    done, size = point["done"] + lines, point["results_bytes"] + 40 * lines
+    return {**point, "upto": point["upto"] + lines, "done": done, "results_bytes": size, "results_crc": 7}
 
 
 def item(kind: str, number: int) -> bytes:

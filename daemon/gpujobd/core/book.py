@@ -2,7 +2,7 @@
 
     place of a job          in which indexes
     queued, in line         lines[tenant][level, handler], ready[level]; its tenant is present at that level
-    queued, asleep          asleep, by wake_ns
+    queued, asleep          asleep, by wake_ns; resting too, if it waits for another try
     running                 its tenant is present at the level of the lease
     any of these, paused    open_jobs, open_items, and the same in of_uid and of_tenant; deadlines
     final                   finals, final_bytes
@@ -70,6 +70,7 @@ def _sort(book: Book) -> None:
     """Jobs came by number, so most of these are in order already."""
     book.finals.sort()
     book.asleep.sort()
+    book.resting.sort()
     book.deadlines.sort()
     for lines in book.lines.values():
         for line in lines.values():
@@ -83,6 +84,8 @@ def _place(book: Book, job: Job) -> None:
     if job.state is JobState.QUEUED:
         if job.asleep:
             book.asleep.append((job.wake_ns, job.job_id))
+            if job.retry_at_ns > job.begin_ns:
+                book.resting.append((job.retry_at_ns, job.job_id))
         else:
             _line(book, job).append(job)
             book.ready[job.priority] += 1
@@ -138,7 +141,7 @@ def move(state: State, job: Job, to: JobState, at_ns: int) -> None:
 def wake(state: State, job: Job, at_ns: int) -> None:
     """The time a sleeping job waited for has come: it stands in line."""
     assert job.asleep, job.job_id
-    _drop(state.book.asleep, (job.wake_ns, job.job_id))
+    _drop_asleep(state.book, job)
     job.asleep = False
     job.queued_ns = at_ns - job.waited_ns
     _queue(state, job)
@@ -181,6 +184,8 @@ def _queue(state: State, job: Job, was: Priority | None = None) -> None:
     book = state.book
     if job.asleep:
         insort(book.asleep, (job.wake_ns, job.job_id))
+        if job.retry_at_ns > job.begin_ns:
+            insort(book.resting, (job.retry_at_ns, job.job_id))
     else:
         line = _line(book, job)
         if not line or line[-1].line_key < job.line_key:
@@ -195,7 +200,7 @@ def _unqueue(book: Book, job: Job) -> None:
     if job.state is not JobState.QUEUED:
         return
     if job.asleep:
-        _drop(book.asleep, (job.wake_ns, job.job_id))
+        _drop_asleep(book, job)
         return
     lines = book.lines[job.tenant]
     line = lines[job.priority, job.handler]
@@ -207,6 +212,12 @@ def _unqueue(book: Book, job: Job) -> None:
         del lines[job.priority, job.handler]
         if not lines:
             del book.lines[job.tenant]
+
+
+def _drop_asleep(book: Book, job: Job) -> None:
+    _drop(book.asleep, (job.wake_ns, job.job_id))
+    if job.retry_at_ns > job.begin_ns:
+        _drop(book.resting, (job.retry_at_ns, job.job_id))
 
 
 def _drop(stamps: Stamps, stamp: tuple[int, int]) -> None:

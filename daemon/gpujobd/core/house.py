@@ -12,7 +12,7 @@ from typing import Final
 
 from gpujobd.core import book, events, policy
 from gpujobd.core.inputs import DiskSpace, QueueVerb, Spooled, Start, SwitchQueue
-from gpujobd.core.leases import canary_line, daemon_died
+from gpujobd.core.leases import REST_MAX_NS, canary_line, daemon_died
 from gpujobd.core.model import (
     S_NS,
     Device,
@@ -181,7 +181,18 @@ def _overdue(state: State, now_ns: int) -> Events:
     if asleep and asleep[0][0] <= now_ns:
         due = tuple(job_id for wake_ns, job_id in asleep[:BATCH_MAX] if wake_ns <= now_ns)
         return [events.Woken(at_ns=now_ns, job_ids=due)]
-    return []
+    return _misled(state, now_ns)
+
+
+def _misled(state: State, now_ns: int) -> Events:
+    """Jobs whose backoff was set by a clock that is put back since (see `rests`): they wake now."""
+    due: list[int] = []
+    for retry_at_ns, job_id in reversed(state.book.resting):
+        if retry_at_ns <= now_ns + REST_MAX_NS or len(due) == BATCH_MAX:
+            break
+        if state.jobs[job_id].begin_ns <= now_ns:
+            due.append(job_id)
+    return [events.Woken(at_ns=now_ns, job_ids=tuple(due))] if due else []
 
 
 def _leased(

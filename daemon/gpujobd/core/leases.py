@@ -53,6 +53,7 @@ UNCLEAN_STOPS_MAX: Final = 3  # of the daemon, at the same checkpoint of a job
 BACKOFF_MAX_NS: Final = 300 * S_NS
 ILL_FIRST_NS: Final = 30 * S_NS
 ILL_MAX_NS: Final = 600 * S_NS
+REST_MAX_NS: Final = 2 * ILL_MAX_NS  # the longest of all: a job's after its canary failed
 DETAIL_CHARS_MAX: Final = 1_000  # of what a worker says; the log has all of it
 BYTES_MAX: Final = 1 << 50
 CRC_MAX: Final = (1 << 32) - 1
@@ -67,6 +68,15 @@ def backoff_ns(failures: int, first_ns: int, longest_ns: int) -> int:
     """Wait after so many failures in a row: doubling, capped, no jitter, for there is no herd to spread."""
     assert failures >= 1, failures
     return min(first_ns << min(failures - 1, 30), longest_ns)
+
+
+def rests(until_ns: int, now_ns: int) -> bool:
+    """Whether a backoff until then is on.
+
+    One that lies further ahead than any is long was set by a clock that somebody has put back since. It is over: to
+    try too early costs a try, to believe it would cost a day.
+    """
+    return now_ns < until_ns <= now_ns + REST_MAX_NS
 
 
 def lease_of(state: State, given: Report) -> Lease | None:
@@ -486,6 +496,6 @@ def canary_ok(state: State, given: CanaryOk, now_ns: int) -> Events:
 def unkillable(state: State, given: Unkillable, now_ns: int) -> Events:
     """No lease goes to this device until the next try; a lease on it stays, for its job is not free either."""
     device = state.devices.get(given.device)
-    if device is None or (device.state is DeviceState.UNHEALTHY and device.retry_at_ns > now_ns):
+    if device is None or (device.state is DeviceState.UNHEALTHY and rests(device.retry_at_ns, now_ns)):
         return []
     return [fell_ill(device, "WorkerUnkillable", given.detail, now_ns)]

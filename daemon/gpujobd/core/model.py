@@ -443,6 +443,7 @@ class Book(msgspec.Struct, kw_only=True):
     active: tuple[list[tuple[int, str]], ...] = msgspec.field(default_factory=lambda: ([], [], []))
     """By level: (virtual time, tenant) of every tenant present there, least first."""
     asleep: Stamps = []  # queued jobs that wait for a time
+    resting: Stamps = []  # of these, the ones that wait for another try
     deadlines: Stamps = []  # of open jobs
     finals: Stamps = []  # when jobs became final
     inline: dict[int, int] = {}  # job_id -> number of the journal record that holds its input

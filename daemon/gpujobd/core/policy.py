@@ -27,6 +27,7 @@ from typing import Final
 
 import msgspec
 
+from gpujobd.core.leases import rests
 from gpujobd.core.model import (
     S_NS,
     Device,
@@ -92,7 +93,7 @@ def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
     for name, learned in state.learned.items():
         if name not in rules.handlers:
             blocked[name] = f"handler {name} is not configured"
-        elif learned.retry_at_ns > now_ns:
+        elif rests(learned.retry_at_ns, now_ns):
             wait_s = (learned.retry_at_ns - now_ns) / S_NS
             blocked[name] = f"handler {name} failed to load, next try in {wait_s:.0f} s: {learned.failure}"
     return blocked
@@ -173,7 +174,7 @@ def may_start(state: State) -> bool:
 def usable(device: Device, now_ns: int) -> bool:
     """Healthy, or due for another try."""
     if device.state is DeviceState.UNHEALTHY:
-        return device.retry_at_ns <= now_ns
+        return not rests(device.retry_at_ns, now_ns)
     return device.state is DeviceState.OK
 
 
