@@ -712,3 +712,33 @@ def test_clock_put_back_does_not_keep_a_device_unhealthy() -> None:
     assert not it.runs()
     it.wait(-DAY_S)
     assert it.runs()
+
+
+def two_of_a_line() -> tuple[House, int, int]:
+    """alice's first job runs, her turn is long over, bob had more than she, and her second job has aged."""
+    it = house(aging_ns=100 * S_NS, tenants={"alice": TenantRule(share=1000.0)})
+    it.submit(BOB)
+    it.loaded()
+    first, second = it.submit(), it.submit()
+    it.finish(used_s=20)
+    it.wait(99)
+    it.submit(BOB)
+    return it, first, second
+
+
+def test_job_that_aged_behind_the_running_one_of_its_line_does_not_ask_it_back() -> None:
+    it, first, _ = two_of_a_line()
+    it.wait(2)
+    assert (
+        it.lease().yield_why is None
+    )  # it was, and got the device again, and was, as fast as the disk could
+    assert it.runs() == first
+
+
+def test_aged_job_that_was_moved_before_the_running_one_does_ask_it_back() -> None:
+    it, _, second = two_of_a_line()
+    it.give(inputs.MoveFirst(who=ALICE, job_id=second))
+    it.wait(2)
+    assert it.lease().yield_why is YieldWhy.PRIORITY
+    it.give_back()
+    assert it.runs() == second

@@ -53,6 +53,7 @@ class Oracle:
         self._forgotten: set[int] = set()
         self._final: dict[int, JobState] = {}
         self._attempts: dict[int, int] = {}
+        self._granted: dict[int, tuple[float, int]] = {}  # since when, and how often
         self._held: dict[int, YieldWhy] = {}  # jobs that somebody paused or cancelled
         self._heard_of_lease: dict[str, float] = {}
         self._daemon: Daemon
@@ -148,6 +149,12 @@ class Oracle:
                 assert job_id not in self._held, f"job {job_id} runs, and it was to {self._held[job_id]}"
                 assert event.attempt == self._attempts.get(job_id, 0) + 1, event
                 self._attempts[job_id] = event.attempt
+                began_s, times = self._granted.get(job_id, (self._now_s(), 0))
+                recent = self._now_s() - began_s < 60
+                self._granted[job_id] = (began_s, times + 1) if recent else (self._now_s(), 1)
+                assert times < 50 or not recent, (
+                    f"job {job_id} gets its lease and loses it, and gets nothing done"
+                )
                 self._heard_of_lease[event.device] = self._now_s()
             case events.Completed():
                 self._final[job_id] = JobState.COMPLETED

@@ -301,7 +301,7 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     lease = device.lease
     assert lease is not None, device.name
     if claim.level > lease.level:
-        return YieldWhy.PRIORITY
+        return None if _stands_behind(claim.job, state.jobs[lease.job_id]) else YieldWhy.PRIORITY
     if claim.level < lease.level or claim.job.tenant == lease.tenant:
         return None
     if not turn_over(state, rules, device, now_ns):
@@ -309,6 +309,16 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     if not claim.overdue and claim.vtime_ns > running_vtime_ns(state, rules, lease, now_ns):
         return None
     return YieldWhy.TURN_OVER
+
+
+def _stands_behind(job: Job, running: Job) -> bool:
+    """Whether the running job, given back, would stand before this one in the same line.
+
+    Waiting may have lifted the one behind to a higher level. The line keeps its order all the same: asked back for it,
+    the running job would be the next to run, and asked back again, for ever.
+    """
+    mine = (job.tenant, job.priority, job.handler)
+    return mine == (running.tenant, running.priority, running.handler) and job.line_key > running.line_key
 
 
 # --- reasons --------------------------------------------------------------------------------------------------------
