@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gpujobd import recovery, spool, supervisor, turns, watchdog, worker
+from gpujobd import spool, supervisor, turns, watchdog
 from gpujobd.core import admission, leases, policy
 from gpujobd.feed import Feed
 from gpujobd.journal import Journal
@@ -65,26 +65,6 @@ def does_not_know_a_submit_id_again(patch: Patch) -> None:
     patch.setattr(admission, "find_submitted", lambda *_: 0)
 
 
-def believes_old_attempts(patch: Patch) -> None:
-    def any_lease(state: Any, given: Any) -> Any:
-        device = state.devices.get(given.device)
-        return device.lease if device else None
-
-    def believe(self: Any, message: Any) -> None:
-        real(
-            self,
-            type(message)(**{**_fields(message), "attempt": self.grant.attempt}) if self.grant else message,
-        )
-
-    real = worker.Worker._on_lease_message
-    patch.setattr(leases, "lease_of", any_lease)
-    patch.setattr(worker.Worker, "_on_lease_message", believe)
-
-
-def _fields(message: Any) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in message.__struct_fields__}
-
-
 def forgets_what_was_asked_of_a_lease(patch: Patch) -> None:
     patch.setattr(leases, "_asked", lambda *_: [])
 
@@ -121,10 +101,6 @@ def drops_an_event_now_and_then(patch: Patch) -> None:
     patch.setattr(Feed, "after", after)
 
 
-def builds_on_a_tail_that_may_be_in_the_cache_only(patch: Patch) -> None:
-    patch.setattr(recovery, "repair", lambda *_: None)
-
-
 def forgets_to_begin_a_lease(patch: Patch) -> None:
     def begin(self: Any, lease: Any, job: Any, now: float) -> Any:
         return None if job.job_id % 10 == 0 else real(self, lease, job, now)
@@ -143,13 +119,11 @@ VARIANTS = [
     checkpoints_before_the_outputs_are_synced,
     accepts_inputs_before_they_are_synced,
     does_not_know_a_submit_id_again,
-    believes_old_attempts,
     forgets_what_was_asked_of_a_lease,
     serves_who_had_most,
     leaves_the_second_device_idle,
     tells_systemd_that_all_is_well,
     drops_an_event_now_and_then,
-    builds_on_a_tail_that_may_be_in_the_cache_only,
     forgets_to_begin_a_lease,
     cuts_nothing_back_at_the_start_of_a_lease,
 ]
