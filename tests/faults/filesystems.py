@@ -46,6 +46,10 @@ class FileSystem:
             with image.open("wb") as file:
                 file.truncate(SIZES_MIB[kind] << 20)
             tool(*MAKE[kind], image)
+            for path in (image, image.parent):  # it may lie on losefs, where not even its name is safe
+                fd = os.open(path, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
         mount_point.mkdir(exist_ok=True)
 
     def __enter__(self) -> FileSystem:
