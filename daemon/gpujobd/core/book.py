@@ -43,12 +43,13 @@ def rebuild(state: State) -> None:
     """Make the bookkeeping anew."""
     book = state.book = Book()
     for job in state.jobs.values():
-        _count_stored(book, job)
+        _note(book, job)
         if job.state in FINAL:
+            count(book, job.owner, job.tenant, stored=job.input_bytes + output_bytes(job))
             book.finals.append((job.finished_ns, job.job_id))
             book.final_bytes += output_bytes(job)
             continue
-        _count_open(book, job, 1)
+        _count(book, job)
         _place(book, job)
         level = _presence(job)
         if level is not None:
@@ -97,8 +98,8 @@ def _place(book: Book, job: Job) -> None:
 def admit(state: State, job: Job) -> None:
     """Index a job that was just submitted."""
     book = state.book
-    _count_stored(book, job)
-    _count_open(book, job, 1)
+    _note(book, job)
+    _count(book, job)
     if job.deadline_ns:
         insort(book.deadlines, (job.deadline_ns, job.job_id))
     _queue(state, job)
@@ -132,7 +133,7 @@ def move(state: State, job: Job, to: JobState, at_ns: int) -> None:
         job.finished_ns = at_ns
         if job.deadline_ns:
             _drop(book.deadlines, (job.deadline_ns, job.job_id))
-        _count_open(book, job, -1)
+        count(book, job.owner, job.tenant, jobs=-1, items=-job.left)
         insort(book.finals, (at_ns, job.job_id))
         book.final_bytes += output_bytes(job)
     _shift_presence(state, job.tenant, was, _presence(job))
@@ -298,8 +299,7 @@ def with_level(triple: tuple[int, int, int], level: Priority, value: int) -> tup
 # --- counters -------------------------------------------------------------------------------------------------------
 
 
-def _count_stored(book: Book, job: Job) -> None:
-    count(book, job.owner, job.tenant, stored=job.input_bytes + output_bytes(job))
+def _note(book: Book, job: Job) -> None:
     if job.inline_seq:
         book.inline[job.job_id] = job.inline_seq
     mine = book.submit_ids.get(job.owner)
@@ -308,8 +308,10 @@ def _count_stored(book: Book, job: Job) -> None:
     mine[job.submit_id] = job.job_id
 
 
-def _count_open(book: Book, job: Job, sign: int) -> None:
-    count(book, job.owner, job.tenant, jobs=sign, items=sign * job.left)
+def _count(book: Book, job: Job) -> None:
+    """All that a job which is not final takes up."""
+    stored = job.input_bytes + output_bytes(job)
+    count(book, job.owner, job.tenant, jobs=1, items=job.left, stored=stored)
 
 
 def count_reserved(book: Book, owner: int, tenant: str, sign: int, items: int, input_bytes: int) -> None:
