@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gpujobd import spool, supervisor, turns, watchdog
+from gpujobd import spool, supervisor, turns, watchdog, worker
 from gpujobd.core import admission, leases, policy
 from gpujobd.feed import Feed
 from gpujobd.journal import Journal
@@ -63,6 +63,26 @@ def accepts_inputs_before_they_are_synced(patch: Patch) -> None:
 
 def does_not_know_a_submit_id_again(patch: Patch) -> None:
     patch.setattr(admission, "find_submitted", lambda *_: 0)
+
+
+def believes_old_attempts(patch: Patch) -> None:
+    def any_lease(state: Any, given: Any) -> Any:
+        device = state.devices.get(given.device)
+        return device.lease if device else None
+
+    def believe(self: Any, message: Any) -> None:
+        real(
+            self,
+            type(message)(**{**_fields(message), "attempt": self.grant.attempt}) if self.grant else message,
+        )
+
+    real = worker.Worker._on_lease_message
+    patch.setattr(leases, "lease_of", any_lease)
+    patch.setattr(worker.Worker, "_on_lease_message", believe)
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
 
 
 def forgets_what_was_asked_of_a_lease(patch: Patch) -> None:
@@ -119,6 +139,7 @@ VARIANTS = [
     checkpoints_before_the_outputs_are_synced,
     accepts_inputs_before_they_are_synced,
     does_not_know_a_submit_id_again,
+    believes_old_attempts,
     forgets_what_was_asked_of_a_lease,
     serves_who_had_most,
     leaves_the_second_device_idle,
