@@ -20,6 +20,7 @@ import errno
 import functools
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from story import LeaseEnded, Store, Story, real_root
 
 LIVES = 25  # on one store
 DISK_DIED = 3
+SPEAKS_S = 30.0
 CALLS = (
     "pwrite64",
     "write",
@@ -97,13 +99,16 @@ class Victim:
 
     def look(self, heard: int) -> None:
         """What the child said, and then what stands."""
+        self.hear(heard)
+        self.check()
+
+    def hear(self, heard: int) -> None:
         with os.fdopen(heard) as stream:
             said = [line.split() for line in stream.read().split("\n")[:-1]]
         for word, seq in said:
             self.begun = max(self.begun, int(seq))
             if word == "acknowledged":
                 self.known.advance(int(seq))
-        self.check()
 
     def check(self) -> None:
         """Start on what stands, and look at all of it."""
@@ -151,9 +156,7 @@ def cut(victim: Victim, luck: random.Random, file_system: FileSystem, *, working
     file_system.shut_down()
     if working:
         time.sleep(0.02)  # it meets the dead disk, and may believe it
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, DISK_DIED), f"the child failed: {status}"
+    end(child)
     file_system.remount()
     victim.look(heard)
     return True
@@ -172,25 +175,32 @@ def tear(victim: Victim, luck: random.Random, file_system: FileSystem, disk: Los
 def fail(victim: Victim, luck: random.Random, file_system: FileSystem, disk: LoseFS) -> bool:
     """What a failed sync has left in the page cache must not be built on."""
     child, heard = victim.fork(luck, stopped=False)
+    select.select([heard], [], [], SPEAKS_S)  # it has recovered and begins
     time.sleep(luck.uniform(0.05, 0.3))
     disk.control(do="fail", call="write", errno=errno.EIO, sticky=luck.random() < 0.5)
     time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    end(child)
     disk.control(do="heal")
-    with contextlib.suppress(OSError, JournalDead, LeaseEnded):  # where the file system has given up
-        victim.look(heard)
-    lose_power(file_system, disk, luck)
-    victim.check()
+    victim.hear(heard)
+    child, heard = victim.fork(luck, stopped=False)
+    time.sleep(luck.uniform(0.05, 0.3))
+    os.kill(child, signal.SIGSTOP)
+    lose_power(file_system, disk, luck, child)
+    victim.look(heard)
     return True
 
 
-def lose_power(file_system: FileSystem, disk: LoseFS, luck: random.Random, child: int = 0) -> None:
+def end(child: int) -> None:
+    """Kill it, unless the disk has ended it already; it must not have seen anything that is wrong."""
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, DISK_DIED), f"the child failed: {status}"
+
+
+def lose_power(file_system: FileSystem, disk: LoseFS, luck: random.Random, child: int) -> None:
     """From now on the disk takes nothing; then it keeps of its cache what it likes."""
     disk.control(do="fail", call="write", errno=errno.EIO, sticky=True)
-    if child:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    end(child)
     file_system.unmount()
     disk.crash("sectors", luck.getrandbits(32))
     file_system.mount()
@@ -210,18 +220,18 @@ def main() -> None:
     with joined(), contextlib.ExitStack() as stack:
         kill, frames = {"time": kill_in_time, "call": kill_at_call}.get(how), 14
         if kill is None:
-            end, kind = how.split("-")
+            what, kind = how.split("-")
             on = Path(folder)
-            if end in ("tear", "fail"):
+            if what in ("tear", "fail"):
                 disk = stack.enter_context(losefs(on / "disk"))
                 on = disk.root
             file_system = FileSystem(kind, on / "image", Path(folder, "mounted"))
             stack.enter_context(file_system)
             folder, frames = str(file_system.root), 200
-            if end in ("tear", "fail"):
-                kill = functools.partial(tear if end == "tear" else fail, file_system=file_system, disk=disk)
+            if what in ("tear", "fail"):
+                kill = functools.partial(tear if what == "tear" else fail, file_system=file_system, disk=disk)
             else:
-                kill = functools.partial(cut, file_system=file_system, working=end == "die")
+                kill = functools.partial(cut, file_system=file_system, working=what == "die")
         records = run(kill, folder, random.Random(seed), seed, wanted, frames)
     print(f"{wanted} kills, {records} records, seed {seed}")
 
