@@ -15,7 +15,8 @@ import pytest
 from fake_daemon import Descriptor, FakeDaemon
 from gpujobd import protocol as p
 from jobctl import __main__ as entry
-from jobctl import shell
+from jobctl import connection, shell
+from jobctl.exits import Failure
 
 PONG = p.Pong(id=0, program="fake", seq=7)
 
@@ -65,6 +66,19 @@ def test_without_a_daemon_every_path_that_was_tried_is_named(tmp_path):
     assert (done.returncode, done.stdout) == (3, "")
     assert str(tmp_path / "gpujobd" / "control.sock") in done.stderr
     assert p.SYSTEM_SOCKET in done.stderr
+
+
+@pytest.mark.parametrize(("booted", "told"), [(True, True), (False, False)])
+def test_where_systemd_runs_the_host_it_is_said_who_knows_more(tmp_path, monkeypatch, booted, told):
+    monkeypatch.setattr(connection, "SYSTEMD", str(tmp_path if booted else tmp_path / "none"))
+    monkeypatch.setattr(p, "socket_paths", lambda: [str(tmp_path / "own"), str(tmp_path / "system")])
+    monkeypatch.setattr(p, "SYSTEM_SOCKET", str(tmp_path / "system"))
+    with pytest.raises(Failure) as failure:
+        connection.Daemon().connection()
+    assert ("systemctl status gpujobd" in str(failure.value)) is told
+    with pytest.raises(Failure) as failure:  # another daemon was asked for
+        connection.Daemon(str(tmp_path / "own")).connection()
+    assert "systemctl" not in str(failure.value)
 
 
 def test_the_users_own_socket_is_beside_the_state_where_there_is_no_run_time_folder(tmp_path, monkeypatch):
@@ -128,14 +142,6 @@ def test_a_full_disk_is_told(tmp_path):
         )
     assert done.returncode == 1
     assert done.stderr == "jobctl: cannot write: No space left on device\n"
-
-
-@pytest.mark.parametrize(("closed", "code"), [("0<&-", 0), ("1>&-", 1), ("2>&-", 0)])
-def test_a_closed_stream_is_no_crash_and_only_output_is_missed(closed, code):
-    command = f"{sys.executable} -m jobctl completion bash {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode == code
-    assert done.stderr == ("jobctl: cannot write: Bad file descriptor\n" if code else "")
 
 
 def test_a_name_that_the_locale_cannot_show_does_not_end_a_table(tmp_path):

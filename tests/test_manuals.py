@@ -166,8 +166,7 @@ def lines_of_shell():
         for block in examples(page):
             for line in block.replace("\\\n", " ").splitlines():
                 yield page, re.sub(r"^[#$] ", "", line)
-    readme = (ROOT / README_DEBIAN).read_text(encoding="utf-8")
-    for line in re.sub(r"\\\n +", "", readme).splitlines():
+    for line in (ROOT / README_DEBIAN).read_text(encoding="utf-8").splitlines():
         if found := re.match(r" {2,4}[#$] (.*?)(?: {3,}.*)?$", line):
             yield README_DEBIAN, found[1]
 

@@ -34,6 +34,7 @@ SILENCE_S: Final = 150.0  # two signs of life and a half of a subscription
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0
 READ_BYTES: Final = 256 << 10
+SYSTEMD: Final = "/run/systemd/system"  # is there where systemd runs the host (sd_booted(3))
 FDS_MAX: Final = 4  # descriptors that may come with one read
 
 
@@ -178,7 +179,9 @@ class Daemon:
             else:
                 self._paths = [path]
                 return connection
-        raise Failure(Exit.UNREACHABLE, "no daemon answers: tried " + ", ".join(tried))
+        raise Failure(
+            Exit.UNREACHABLE, "no daemon answers: tried " + ", ".join(tried) + _who_knows(self._paths)
+        )
 
     def hang_up(self) -> None:
         if self._connection is not None:
@@ -339,6 +342,13 @@ class Daemon:
 def _id(request: p.AnyRequest) -> int:
     assert isinstance(request, p.Request)  # Hello is the connection's own business
     return request.id
+
+
+def _who_knows(paths: Sequence[str]) -> str:
+    """Who tells why the service of this host is not there."""
+    if p.SYSTEM_SOCKET in paths and os.path.isdir(SYSTEMD):
+        return "; `systemctl status gpujobd` tells more"
+    return ""
 
 
 def narrow(reply: p.AnyReply, expect: type[R]) -> R:

@@ -80,6 +80,10 @@ class ToJournal(logging.Handler):
         else:
             self._journald.send(framed)
 
+    @property
+    def behind(self) -> bool:
+        return self._journald.behind
+
     def flush(self) -> None:
         self.acquire()
         try:
@@ -148,11 +152,12 @@ def set_up(style: str, *, verbose: bool) -> None:
     threading.excepthook = _thread_crashed
 
 
-def flush() -> None:
-    """Give systemd's journal what it did not take at once."""
-    for handler in logging.getLogger("gpujobd").handlers:
-        if isinstance(handler, ToJournal):
-            handler.flush()
+def flush() -> bool:
+    """Give systemd's journal what it did not take at once; whether it has all."""
+    ours = [h for h in logging.getLogger("gpujobd").handlers if isinstance(h, ToJournal)]
+    for handler in ours:
+        handler.flush()
+    return not any(handler.behind for handler in ours)
 
 
 def _crashed(bug: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -78,10 +78,15 @@ class Journald:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
 
+    @property
+    def behind(self) -> bool:
+        """Whether there is something to be told as soon as journald reads again."""
+        return bool(self._waiting or self.dropped)
+
     def send(self, framed: bytes) -> None:
         """Send it now, or keep it, or count it."""
         self.flush()
-        if self._waiting or self.dropped or not self._taken(framed):
+        if self.behind or not self._taken(framed):
             self._keep(framed)
 
     def flush(self) -> bool:

@@ -61,3 +61,19 @@ class Slow:
     def __call__(self, batch):
         time.sleep(self.item_s * len(batch))
         return [{"text": item.get("text", "")} for item in batch]
+
+
+class Stray(Slow):
+    """Leaves a process behind that is in no session and has no parent of ours; it writes its pid to `side`."""
+
+    def __init__(self, *, device, side, item_s=0.01):
+        super().__init__(device=device, item_s=item_s)
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if os.fork() == 0:
+                with open(side, "w", encoding="ascii") as file:
+                    file.write(str(os.getpid()))
+                time.sleep(3600)
+            os._exit(0)
+        os.waitpid(child, 0)
