@@ -44,6 +44,7 @@ ROWS = {
     19: ("clocks that step, processes that stand still", 50),
     20: ("other users and what they hand in", 200),
     21: ("file system that forgets, whole daemon", 40),
+    22: ("variants of the program that are broken", 13),
 }
 """Row: what goes wrong, and how often in a run of scale 1."""
 
