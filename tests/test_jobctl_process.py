@@ -144,6 +144,14 @@ def test_a_full_disk_is_told(tmp_path):
     assert done.stderr == "jobctl: cannot write: No space left on device\n"
 
 
+@pytest.mark.parametrize(("closed", "code"), [("0<&-", 0), ("1>&-", 1), ("2>&-", 0)])
+def test_a_closed_stream_is_no_crash_and_only_output_is_missed(closed, code):
+    command = f"{sys.executable} -m jobctl completion bash {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr == ("jobctl: cannot write: Bad file descriptor\n" if code else "")
+
+
 def test_a_name_that_the_locale_cannot_show_does_not_end_a_table(tmp_path):
     from fake_daemon import a_job
 

@@ -166,7 +166,8 @@ def lines_of_shell():
         for block in examples(page):
             for line in block.replace("\\\n", " ").splitlines():
                 yield page, re.sub(r"^[#$] ", "", line)
-    for line in (ROOT / README_DEBIAN).read_text(encoding="utf-8").splitlines():
+    readme = (ROOT / README_DEBIAN).read_text(encoding="utf-8")
+    for line in re.sub(r"\\\n +", "", readme).splitlines():
         if found := re.match(r" {2,4}[#$] (.*?)(?: {3,}.*)?$", line):
             yield README_DEBIAN, found[1]
 

@@ -159,7 +159,26 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _fill_closed() -> None:
+    """Open a standard stream that the caller closed: else the next file or socket is it.
+
+    What is written to such an output is an error, as with other filters; remarks on stderr are nobody's loss.
+    """
+    for fd, name, flags in (
+        (0, "stdin", os.O_RDONLY),
+        (1, "stdout", os.O_RDONLY),
+        (2, "stderr", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, flags)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8"))
+
+
 def main() -> NoReturn:
+    _fill_closed()
     # A reader that has read enough ends us quietly, as it does with every other filter; sockets say MSG_NOSIGNAL.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):

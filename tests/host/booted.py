@@ -43,6 +43,7 @@ BUILDDEB = ROOT / "packaging" / "builddeb.sh"
 UNIT = "gpujobd.service"
 SOCKET = "gpujobd.socket"
 CONFIG = "etc/gpujobd/gpujobd.toml"
+PREVIOUS = "0.0.1~previous"  # a version lower than any
 HANDLERS_INSIDE = "/srv/gpujobd/handlers"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from booted import Host, build_packages, installed, why_not
+from booted import PREVIOUS, Host, build_packages, installed, why_not
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +20,12 @@ def _can_boot() -> None:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """gpujobd and jobctl of this tree."""
     return build_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same packages with a lower version, to upgrade from."""
+    return build_packages(tmp_path_factory.mktemp("previous"), "--version", PREVIOUS)
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from booted import BUILDDEB, SOCKET, UNIT, Host
 from harness import ROOT, until
-from host.booted import BUILDDEB, SOCKET, UNIT, Host, build_packages
 
 pytestmark = pytest.mark.slow
 
 AUTOPKGTESTS = ROOT / "packaging" / "debian" / "tests"
-
-
-@pytest.fixture(scope="module")
-def previous(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same packages with a lower version, to upgrade from."""
-    return build_packages(tmp_path_factory.mktemp("previous"), "--version", "0.0.1~previous")
 
 
 @pytest.fixture
