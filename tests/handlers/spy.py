@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import pathlib
 import resource
+import socket
 import sys
+import tempfile
 
 
 class Spy:
@@ -41,3 +44,37 @@ class Cell:
             "argv": pathlib.Path("/proc/self/cmdline").read_text().split("\0"),
         }
         return [facts for _ in batch]
+
+
+def outcome(do, *arguments):
+    """What came of a call, as JSON can show it."""
+    try:
+        found = do(*arguments)
+    except OSError as error:
+        return type(error).__name__
+    return found if isinstance(found, list) else "done"
+
+
+def write_in(folder):
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(b"x")
+
+
+class Walls:
+    """Tries what the service keeps a worker from: to look into `see`, to write in `write`, to speak to anybody."""
+
+    def __init__(self, *, device):
+        pass
+
+    def __call__(self, batch):
+        print("said aloud")
+        return [self.tried(item) for item in batch]
+
+    def tried(self, item):
+        return {
+            "user": getpass.getuser(),
+            "seen": {path: outcome(os.listdir, path) for path in item["see"]},
+            "written": {folder: outcome(write_in, folder) for folder in item["write"]},
+            "network": outcome(socket.create_connection, ("127.0.0.1", 9)),
+            "stdin": os.readlink("/proc/self/fd/0"),
+        }

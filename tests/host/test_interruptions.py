@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from booted import PREVIOUS, SOCKET, UNIT, Host, installed
+from gpujobd.core.events import Event
+from gpujobd.journal import Journal
 from harness import HANG_S, until
 from midway import Midway
 
@@ -74,6 +79,46 @@ def test_downgrade_to_a_version_of_the_same_formats_goes_on_as_well(upgraded, pr
     job.go_on()
     job.assert_whole()
     job.assert_nothing_computed_twice()
+
+
+def listed(host: Host) -> list[dict[str, Any]]:
+    return json.loads(host.jobctl("list", "--all", "--json").stdout)["jobs"]
+
+
+class InventedLater(Event, frozen=True, tag="invented_later"):
+    """What a newer version may have written."""
+
+
+def write_as_a_newer_version(state: Path) -> None:
+    journal = Journal(state / "journal")
+    journal.open()
+    journal.append([msgspec.msgpack.encode(InventedLater(at_ns=1))])
+    journal.close()
+
+
+def test_downgrade_that_meets_a_newer_format_is_refused_and_a_backup_takes_it_back(upgraded):
+    host, state = upgraded, upgraded.root / "var/lib/gpujobd"
+    jobs = listed(host)
+    assert jobs
+    host.systemctl("stop", SOCKET, UNIT)
+    host.run("cp", "-a", "/var/lib/gpujobd", "/var/lib/backup")
+    write_as_a_newer_version(state)
+    host.run("chown", "-R", "gpujobd:", "/var/lib/gpujobd")
+    sums = "cd /var/lib/gpujobd/journal && sha256sum seg-* snap-*"
+    written = host.run("sh", "-c", sums).stdout
+
+    assert host.systemctl("start", SOCKET, UNIT, check=False).returncode != 0
+    shown = host.show()
+    assert (shown["ActiveState"], shown["ExecMainStatus"]) == ("failed", "78")
+    assert "a later one wrote it" in host.journal("gpujobd", EVENT="start_refused")[-1]["MESSAGE"]
+    assert host.state("gpujobd-refused.target") == "active"
+    assert host.jobctl("list", check=False).returncode == 3
+    assert host.run("sh", "-c", sums).stdout == written
+
+    host.run("rm", "-r", "/var/lib/gpujobd")
+    host.run("mv", "/var/lib/backup", "/var/lib/gpujobd")
+    host.systemctl("start", SOCKET, UNIT)
+    assert listed(host) == jobs
 
 
 def test_stop_and_start_in_the_middle_of_a_job_compute_nothing_twice(upgraded):

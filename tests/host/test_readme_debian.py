@@ -67,3 +67,18 @@ def test_backup_trial_and_restore_of_section_3(host):
     host.jobctl("wait", job.job_id)
     job.assert_whole()
     assert host.submit("count", [{"text": "again"}]) == late  # its number is given again
+
+
+def test_first_look_of_section_8(host):
+    looked = run(host, block("journalctl -u gpujobd -b -p warning -x"))
+    assert "Active: active (running)" in looked
+    assert "DEVICE" in looked
+
+
+def test_file_of_section_6_brings_checksum_back(host):
+    host.handler("echo", "toys:Echo")
+    assert "checksum" not in host.jobctl("handlers").stdout
+    (entry,) = re.findall(r'entry = "gpujobd_worker.handlers.checksum:Checksum"', README)
+    host.write("etc/gpujobd/handlers.d/checksum.toml", f"{entry}\n")
+    run(host, "gpujobd check && systemctl reload gpujobd")
+    host.jobctl("wait", host.submit("checksum", [{"text": "a"}]))
