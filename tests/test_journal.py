@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -327,6 +328,40 @@ def test_a_full_disk_without_spares_ends_the_journal_and_loses_nothing() -> None
             journal.prepare()
     assert acked == 21  # three segments: the first, next, and the ballast
     assert reopened_full(disk) == [record(seq) for seq in range(1, acked + 1)]
+
+
+def test_the_ballast_goes_where_the_directory_has_no_space_for_the_name_of_a_segment() -> None:
+    disk = SimDisk()
+    journal, _ = opened(disk)
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(disk, "rename", functools.partial(rename_beside_no_ballast, disk))
+        for seq in range(1, 15):  # until the second segment is full
+            journal.append([record(seq)])
+        assert not {"ballast", "next"} & {*disk.listdir("/j")}
+        assert journal.spares_missing
+    assert journal.prepare()
+    disk.cut_power()
+    assert reopened(disk) == [record(seq) for seq in range(1, 15)]
+
+
+def test_a_segment_that_gets_no_name_ends_the_journal_and_loses_nothing() -> None:
+    disk = SimDisk()
+    journal, _ = opened(disk)
+    acked = 0
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(disk, "rename", refuse_to_rename)
+        with pytest.raises(JournalDead, match="No space"):  # noqa: PT012 - it is the roll that fails
+            while True:
+                acked = journal.append([record(acked + 1)])
+    assert acked == 7
+    disk.cut_power()
+    assert reopened(disk) == [record(seq) for seq in range(1, acked + 1)]
+
+
+def rename_beside_no_ballast(disk: SimDisk, old: str, new: str) -> None:
+    if "ballast" in disk.listdir("/j"):
+        refuse_to_rename(old, new)
+    SimDisk.rename(disk, old, new)
 
 
 def reopened_full(disk: SimDisk) -> list[bytes]:

@@ -253,7 +253,7 @@ class Journal:
             fd = self._disk.open(path, write=True)
             put(self._disk, fd, frames.segment_block(header), 0)
             self._disk.fdatasync(fd)
-            self._disk.rename(path, self._path(segment.name))
+            self._spares.name(self._path(segment.name))
         self._disk.fsync_dir(self.directory)
         if self._fd >= 0:
             self._disk.close(self._fd)

@@ -1,7 +1,8 @@
 """Two spare segments, so that rolling stalls nobody and a full disk stops nobody at once.
 
     next      becomes the next segment
-    ballast   becomes `next` on the day the disk is full: a file of zeros needs no new space to be written again
+    ballast   becomes `next` on the day the disk is full: a file of zeros needs no new space to be written again;
+              or goes, so that the directory finds a block for the name of the next segment
 
 Rule 1: a segment is written full of zeros and synced before its first use; it is never preallocated and never
 grows. Otherwise fdatasync depends on metadata, and on a dying file system it was seen to succeed for lost data.
@@ -37,7 +38,7 @@ class Spares:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[str]:
-        """A zero-filled, synced file: the caller renames it inside, so that nobody takes it for a spare again.
+        """A zero-filled, synced file: the caller names it inside (`name`), so that nobody takes it for a spare again.
 
         Raises:
             OSError: there is none and none can be made.
@@ -47,6 +48,23 @@ class Spares:
                 self._make_next()
             self._next_ready = False
             yield self._next_path
+
+    def name(self, path: str) -> None:
+        """Inside `taken`: rename the file to this. The directory may need a block for it (a full xfs): the ballast's.
+
+        A rename that found no space has changed nothing, unlike a sync that failed: it may be tried again.
+
+        Raises:
+            OSError: it has no new name.
+        """
+        try:
+            self._disk.rename(self._next_path, path)
+        except OSError as error:
+            if error.errno not in NO_SPACE or not self._stands(self._ballast_path):
+                raise
+            self._ballast_ready = False
+            self._disk.unlink(self._ballast_path)
+            self._disk.rename(self._next_path, path)
 
     def make(self) -> bool:
         """Make what is missing; False: there is no space for all of it.
@@ -97,11 +115,11 @@ class Spares:
         unfinished = path + ".tmp"
         try:
             self._zero(unfinished)
+            self._disk.rename(unfinished, path)
         except OSError:
             with contextlib.suppress(OSError):
                 self._disk.unlink(unfinished)
             raise
-        self._disk.rename(unfinished, path)
         self._disk.fsync_dir(self._directory)
         return True
 
