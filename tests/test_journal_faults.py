@@ -185,11 +185,6 @@ def test_power_cuts_at_random_operations_lose_nothing_acknowledged() -> None:
     run_cuts(seeds(300))
 
 
-@pytest.mark.slow
-def test_thousands_of_power_cuts_lose_nothing_acknowledged() -> None:
-    run_cuts(range(1000, 7000))
-
-
 KINDS = [(kind, sticky) for kind in (errno.EIO, errno.ENOSPC, "short") for sticky in (False, True)]
 
 
@@ -207,15 +202,6 @@ def sweep_errors(seed: int, kind: str | int, sticky: bool) -> None:
 @pytest.mark.parametrize(("kind", "sticky"), KINDS)
 def test_an_error_at_any_operation_is_final_and_loses_nothing(kind: str | int, sticky: bool) -> None:
     sweep_errors(1, kind, sticky)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "sticky"), KINDS)
-@pytest.mark.parametrize("seed", range(2, 10))
-def test_an_error_at_any_operation_of_other_lives_loses_nothing(
-    seed: int, kind: str | int, sticky: bool
-) -> None:
-    sweep_errors(seed, kind, sticky)
 
 
 def torn_life(seed: int) -> Life:
@@ -345,8 +331,3 @@ def kill_processes(directory: Path, kills: int) -> None:
 
 def test_kill_9_at_random_times_loses_nothing_acknowledged(tmp_path: Path) -> None:
     kill_processes(tmp_path, 40)
-
-
-@pytest.mark.slow
-def test_hundreds_of_kill_9_lose_nothing_acknowledged(tmp_path: Path) -> None:
-    kill_processes(tmp_path, 600)
