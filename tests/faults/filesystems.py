@@ -1,19 +1,23 @@
 """Real file systems to hurt: ext4, xfs and btrfs on loop devices, and losefs.
 
-Everything mounted here is unmounted here, and every loop device is let go.
+Rule 1: what is mounted here is seen by this process and its children alone. A namespace that another process makes
+of ours meanwhile, for a container or a service, would hold on to it: unmounted here, it would live on there.
+Rule 2: when these processes are gone, however they went, so are their mounts and loop devices.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import fcntl
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,6 +29,7 @@ MAKE = {
     "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
 }
+NEW_MOUNTS = 0x00020000  # CLONE_NEWNS; os.unshare is there from Python 3.12 on
 WAIT_S = 30.0
 
 
@@ -36,12 +41,21 @@ def tool(*words: object) -> str:
     return run.stdout.strip()
 
 
+@functools.cache
+def keep_mounts_to_ourselves() -> None:
+    """From now on; it is this thread that moves, with all that it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    tool("mount", "--make-rprivate", "/")
+
+
 class FileSystem:
     """One kernel file system in a file."""
 
     def __init__(self, kind: str, image: Path, mount_point: Path) -> None:
         self.kind, self.image, self.root = kind, image, mount_point
-        self.device = ""
+        self.mounted = False
         if not image.exists():
             with image.open("wb") as file:
                 file.truncate(SIZES_MIB[kind] << 20)
@@ -60,15 +74,16 @@ class FileSystem:
         self.unmount()
 
     def mount(self) -> None:
-        self.device = tool("losetup", "--find", "--show", self.image)
-        tool("mount", "-t", self.kind, self.device, self.root)
+        keep_mounts_to_ourselves()
+        tool("mount", "-t", self.kind, "-o", "loop", self.image, self.root)  # the device goes with the mount
+        self.mounted = True
 
     def unmount(self) -> None:
         """Also where it is dead, and again where it is done."""
-        if self.device:
+        if self.mounted:
             unmount(self.root)
-            tool("losetup", "--detach", self.device)
-            self.device = ""
+            self.mounted = False
+            wait_until(lambda: not tool("losetup", "--associated", self.image), f"{self.image} to be let go")
 
     def remount(self) -> None:
         self.unmount()
@@ -97,6 +112,13 @@ def unmount(root: Path) -> None:
             return
 
 
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    give_up_at = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < give_up_at, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
 class LoseFS:
     """losefs, mounted."""
 
@@ -112,13 +134,11 @@ class LoseFS:
 
 @contextlib.contextmanager
 def losefs(mount_point: Path) -> Iterator[LoseFS]:
+    keep_mounts_to_ourselves()
     mount_point.mkdir(exist_ok=True)
     with subprocess.Popen([sys.executable, HERE / "losefs.py", mount_point]) as server:
-        give_up_at = time.monotonic() + WAIT_S
-        while not os.path.ismount(mount_point):
-            assert server.poll() is None, "losefs did not come up"
-            assert time.monotonic() < give_up_at, "losefs did not come up"
-            time.sleep(0.01)
+        wait_until(lambda: server.poll() is not None or os.path.ismount(mount_point), "losefs to come up")
+        assert server.poll() is None, "losefs did not come up"
         try:
             yield LoseFS(mount_point)
         finally:

@@ -33,7 +33,7 @@ from filesystems import FileSystem, LoseFS, losefs
 from gpujobd.disk import Disk
 from gpujobd.journal import JournalDead
 from sim_os import joined
-from story import LeaseEnded, Store, Story, real_root
+from story import SEGMENT_BYTES, LeaseEnded, Store, Story, real_root
 
 LIVES = 25  # on one store
 DISK_DIED = 3
@@ -85,7 +85,7 @@ class Victim:
                 store.start(self.begun - self.known.seq)
                 store.live(self.frames)
                 store.snapshot()
-                store.journal.drop_segments(store.story.seq, store.journal.segment_bytes)
+                store.drop(SEGMENT_BYTES)
                 status = 0
             except (OSError, JournalDead, LeaseEnded):
                 status = DISK_DIED

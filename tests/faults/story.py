@@ -191,7 +191,7 @@ class Store:
 
     def start(self, flying_max: int = 0) -> None:
         """Recover as the daemon does, and look at everything. The story goes on where the journal ends."""
-        root = self._root
+        root, self.flying = self._root, flying_max
         self.journal = Journal(f"{root}/journal", self._disk, SEGMENT_BYTES)
         recovered = self.journal.open()
         known, last = self.story.seq, self.journal.last_seq
@@ -217,7 +217,7 @@ class Store:
         assert chunks is None or chunks == told.chunks(), f"snapshot {after} is another one"
         for seq, record in found:
             assert told.advance(seq) == [record], f"record {seq} is another one"
-        self.story = told
+        self.story, self.flying = told, 0
 
     def _check_job(self, job_id: int) -> None:
         """Its input is all there, and its outputs hold what the checkpoint says: each item once."""
@@ -363,8 +363,7 @@ class Store:
             case "snapshot":
                 self.snapshot()
             case "drop":
-                held = [j.seq for j in self.story.jobs.values() if not j.streamed and not j.spooled]
-                self.journal.drop_segments(min(held, default=1 << 62), HISTORY_BYTES)
+                self.drop(HISTORY_BYTES)
             case "yield" if self._leases:
                 self._end_lease(self.luck.choice(sorted(self._leases)))
             case "reopen":
@@ -374,6 +373,11 @@ class Store:
     def snapshot(self) -> None:
         with contextlib.suppress(OSError):  # the old ones stand
             self.journal.write_snapshot(self.story.seq, self.story.chunks())
+
+    def drop(self, history_bytes: int) -> None:
+        """Old segments, but none that an input still counts in."""
+        held = [j.seq for j in self.story.jobs.values() if not j.streamed and not j.spooled]
+        self.journal.drop_segments(min(held, default=1 << 62), history_bytes)
 
     def stop(self) -> None:
         if self.luck.random() < 0.5:

@@ -12,8 +12,9 @@ DAYS = 3
 CLOCKS = ("clock step", "process stopped")
 
 
-def test_days_of_faults_keep_every_promise(cases, count) -> None:
-    for seed in cases(10):
+@pytest.mark.parametrize("block", range(5))
+def test_days_of_faults_keep_every_promise(block: int, cases, count) -> None:
+    for seed in cases(2):
         world = World(seed, SLOW)
         try:
             world.live(DAYS)
