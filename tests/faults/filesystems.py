@@ -142,5 +142,8 @@ def losefs(mount_point: Path) -> Iterator[LoseFS]:
         try:
             yield LoseFS(mount_point)
         finally:
-            unmount(mount_point)
-            server.wait(WAIT_S)
+            try:
+                unmount(mount_point)
+                server.wait(WAIT_S)
+            finally:
+                server.kill()
