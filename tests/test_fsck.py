@@ -80,7 +80,7 @@ def test_damage_is_reported_with_file_offset_and_records() -> None:
     assert [(p.file, p.offset, p.first, p.last) for p in report.problems] == [
         ("seg-0000000000000001", 2 * BLOCK, 2, 4)
     ]
-    assert "--accept-loss 2..4" in str(report)
+    assert report.unreadable == [(2, 4)]
     assert "records 2 to 4 (3)" in report.refusal
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -239,8 +240,8 @@ def flipped(host: Host, seq: int) -> str:
 
 def options(report: str) -> list[str]:
     """The command that the report proposes."""
-    line = next(line for line in report.splitlines() if "gpujobd fsck --accept-loss" in line)
-    return line.partition("gpujobd fsck ")[2].split()
+    line = next(line for line in report.splitlines() if "gpujobd fsck --state-dir" in line)
+    return shlex.split(line.partition("gpujobd fsck ")[2])
 
 
 def outputs(host: Host, job: int) -> list[Any]:
@@ -305,6 +306,7 @@ def test_the_first_segment_is_gone_and_the_snapshot_too(host: Host) -> None:
         file.write(bytes(BLOCK))
     report = fsck(host)
     assert report.returncode == 1
+    assert options(report.stdout) == ["--state-dir", str(host.folder / "state"), "--accept-loss", "none"]
     copied = fsck(host, *options(report.stdout))
     assert copied.returncode == 0, copied.stdout + copied.stderr
     swap(host)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -77,7 +79,7 @@ def check(config_file: Path | None) -> None:
     "losses",
     multiple=True,
     metavar="A..B",
-    help="Write a copy without records A to B; may be given several times.",
+    help="Write a copy without records A to B; may be given several times. `none`: without what holds no record.",
 )
 @click.option(
     "--output", type=FOLDER, help="Where the copy goes; the default is journal.repaired beside the journal."
@@ -97,6 +99,7 @@ def fsck(state_dir: Path | None, losses: tuple[str, ...], output: Path | None) -
             found = fsck.report(journal)
             click.echo(str(found))
             if not found.ok:
+                click.echo(f"a copy without what is unreadable: {_copying(journal, found.unreadable)}")
                 click.echo(f"without what is unreadable:\n{salvage.loss(journal, found.unreadable)}")
             sys.exit(0 if found.ok else 1)
         ranges = [_range(text) for text in losses]
@@ -114,7 +117,16 @@ def fsck(state_dir: Path | None, losses: tuple[str, ...], output: Path | None) -
     )
 
 
+def _copying(journal: Path, ranges: Sequence[tuple[int, int]]) -> str:
+    """The command, as it can be given from anywhere and by anybody: by the service's user, too."""
+    losses = [f"{first}..{last}" for first, last in ranges] or ["none"]
+    options = " ".join(f"--accept-loss {loss}" for loss in losses)
+    return f"gpujobd fsck --state-dir {shlex.quote(str(journal.parent.absolute()))} {options}"
+
+
 def _range(text: str) -> tuple[int, int]:
+    if text == "none":
+        return 1, 0
     first, dots, last = text.partition("..")
     if not (dots and first.isdecimal() and last.isdecimal()):
         raise click.BadParameter(f"{text!r} is not a range such as 17..20", param_hint="--accept-loss")

@@ -58,7 +58,7 @@ class SnapshotReport:
 
 @dataclasses.dataclass
 class Report:
-    """What stands in a directory. Printed, it is what `gpujobd fsck` says."""
+    """What stands in a directory; printed, it is for people."""
 
     directory: str
     running: bool = False  # a daemon has it open
@@ -108,9 +108,7 @@ class Report:
     def _verdict(self) -> str:
         if self.ok:
             return "clean, and the last stop was clean" if self.sealed else "clean"
-        ranges = self.unreadable or [(self.last_seq + 1, self.last_seq)]
-        options = " ".join(f"--accept-loss {first}..{last}" for first, last in ranges)
-        return f"REFUSED: {self.refusal}\na copy without what is unreadable: gpujobd fsck {options}"
+        return f"REFUSED: {self.refusal}"
 
 
 @dataclasses.dataclass
