@@ -28,6 +28,7 @@ class Intake:
         self.inputs = {}
         self.jobs = {}  # submit_id -> job
         self.lose_answers = 0
+        self.dead_syncs = 0
         self.break_after_chunks = 0
         self.fail_after_chunks = 0
         self._bytes = b""
@@ -72,6 +73,9 @@ class Intake:
         if self.lose_answers:
             self.lose_answers -= 1
             return [HangUp()]
+        if self.dead_syncs:
+            self.dead_syncs -= 1
+            return [p.Error(id=header.id, code=p.ErrorCode.NOT_ACCEPTED, message="who knows")]
         return [p.Accepted(id=header.id, job=job)]
 
 
@@ -121,6 +125,17 @@ def test_an_answer_that_is_lost_makes_no_second_job(daemon, intake, file, capfd,
     first, second = daemon.asked(p.Submit)
     assert first.submit_id == second.submit_id
     assert len(intake.inputs) == 1
+
+
+def test_a_submission_of_which_the_daemon_does_not_know_whether_it_was_kept_is_asked_again(
+    daemon, intake, file, capfd
+):
+    intake.dead_syncs = 1
+    assert run(["submit", "embed", file(SMALL)]) == 0
+    assert capfd.readouterr().out == "100\n"
+    first, second = daemon.asked(p.Submit)
+    assert first.submit_id == second.submit_id
+    assert daemon.connections == 2
 
 
 def test_a_stream_that_breaks_off_is_sent_again_from_its_start(daemon, intake, file, capfd):

@@ -369,7 +369,7 @@ def test_a_file_without_its_descriptor_is_no_file(daemon, capfd):
         (p.ErrorCode.FORBIDDEN, 4),
         (p.ErrorCode.NO_SUCH_JOB, 2),
         (p.ErrorCode.BAD_STATE, 2),
-        (p.ErrorCode.NOT_ACCEPTED, 3),
+        (p.ErrorCode.TIMED_OUT, 3),
         (p.ErrorCode.INTERNAL, 3),
         ("a_code_of_tomorrow", 6),
     ],

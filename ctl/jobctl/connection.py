@@ -39,7 +39,7 @@ FDS_MAX: Final = 4  # descriptors that may come with one read
 
 
 class Lost(Exception):
-    """The connection ended before the answer came."""
+    """The connection ended before the answer came, or the answer is that only the next daemon knows."""
 
 
 class Connection:
@@ -241,6 +241,8 @@ class Daemon:
             except TimeoutError:
                 raise Failure(Exit.UNREACHABLE, f"{self._paths[0]}: no answer for {within_s:.0f} s") from None
             if isinstance(reply, p.Error) and reply.id in (0, request_id):
+                if reply.code == p.ErrorCode.NOT_ACCEPTED:
+                    raise Lost
                 raise Refusal(reply)
             if isinstance(reply, p.Reply) and reply.id == request_id and not isinstance(reply, p.Alive):
                 return reply

@@ -6,7 +6,6 @@
 
 Rule 1: nothing is answered before replay is done and what the last run left has been settled by `Start`.
 Rule 2: a bug or a dead journal ends the process; systemd starts it again and replay restores it. Nobody limps on.
-
 Rule 3: systemd hears of each stage in time: why a start was refused, how far a stop is, and that more time is needed.
 
 Exit status: 0 stopped as asked; 1 a bug, or another daemon holds the state; 75 the journal could not be written
@@ -492,7 +491,7 @@ def _serve(options: Options, cfg: Config, journal: Journal, notifier: Notifier) 
     try:
         trio.run(_run, daemon)
     except* JournalDead as dead:
-        message = "the journal is dead, nothing of what was in flight was accepted: %s"
+        message = "the journal is dead, nothing of what was in flight was acknowledged: %s"
         log.critical(message, _first(dead), extra=kind("journal_dead"))
         notifier.send(STATUS=f"the journal is dead: {_first(dead)}", ERRNO=errno.EIO)
         status = EX_TEMPFAIL

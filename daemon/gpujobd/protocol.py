@@ -83,7 +83,7 @@ class ErrorCode(enum.StrEnum):
     TOO_MANY_CONNECTIONS = "too_many_connections"
     TOO_MANY_REQUESTS = "too_many_requests"
     TIMED_OUT = "timed_out"
-    NOT_ACCEPTED = "not_accepted"  # the journal is dead: nothing of this request was kept
+    NOT_ACCEPTED = "not_accepted"  # the journal is dead: what was kept, the next start knows
     INTERNAL = "internal"
 
 

@@ -669,9 +669,8 @@ def fail(c: Connection, request_id: int, error: Exception) -> None:
             figures = {name: figure for name, figure in known if figure is not None}
             c.fail(request_id, error.code, error.message, **figures)
         case JournalDead():
-            c.fail(
-                request_id, ErrorCode.NOT_ACCEPTED, "the journal cannot be written: nothing of this was kept"
-            )
+            message = "the journal cannot be written: whether this was kept, the next start knows"
+            c.fail(request_id, ErrorCode.NOT_ACCEPTED, message)
         case _:
             raise error
 
