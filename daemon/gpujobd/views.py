@@ -149,7 +149,10 @@ def _param(rule: object) -> dict[str, object]:
 
 
 def tenants(state: State, config: Config) -> list[protocol.TenantView]:
-    """Shares and service of all: who waits for others may know how much they got. `owed_s` compares what each got with an equal split, by shares, of what all got."""
+    """Shares and service of all: who waits for others may know how much they got.
+
+    `owed_s` compares what each got with an equal split, by shares, of what all got.
+    """
     rules = config.rules()
     counts = _counts(state.jobs.values())
     names = sorted(
