@@ -159,16 +159,20 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job_alone(daemon):
     daemon.on(p.Watch, watch)
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    command = [sys.executable, "-m", "jobctl", "watch", "42"]
+    # Whoever runs the tests in the background of a script has them ignore SIGINT, and their children with them.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "jobctl", "watch", "42"]
     with subprocess.Popen(
         command, stdin=follower, stdout=follower, stderr=follower, env=environment
     ) as process:
         os.close(follower)
-        shown = read_until(leader, "50 %")
-        assert "\r42 running [#" in shown
-        process.send_signal(signal.SIGINT)
-        shown += read_until(leader, "goes on")
-        assert process.wait(HANG_S) == 130
+        try:
+            shown = read_until(leader, "50 %")
+            assert "\r42 running [#" in shown
+            process.send_signal(signal.SIGINT)
+            shown += read_until(leader, "goes on")
+            assert process.wait(HANG_S) == 130
+        finally:
+            process.kill()  # `with` would wait for it for ever
     os.close(leader)
     assert daemon.asked(p.Cancel) == []
 
