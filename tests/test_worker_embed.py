@@ -14,9 +14,6 @@ import warnings
 import pytest
 from worker_driver import Job, WorkerDriver
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 TOPICS = pydoc_data.topics.topics  # real prose in every Python: a page a topic
 TEXTS = [
     line.strip()
@@ -34,10 +31,19 @@ def model_folder() -> str:
 
 
 @pytest.fixture(scope="module")
-def embed():
-    folder = model_folder()
+def torch():
+    """Imported by the first test that computes: seconds that nobody spends for having read this file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, while they are imported
+        pytest.importorskip("transformers")
+        return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def embed(torch):
+    folder = model_folder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         from gpujobd_worker.handlers.embed import Embed
 
         torch.set_num_threads(1)  # its threads spin: with a busy neighbour two are ten times slower than one
@@ -49,7 +55,10 @@ def floats(encoded: str) -> list[float]:
     return list(struct.unpack(f"<{len(content) // 4}f", content))
 
 
-def vector(embed, text: str, **params: object) -> torch.Tensor:
+def vector(embed, text: str, **params: object):
+    """The text's vector, as a tensor."""
+    import torch
+
     (output,) = embed([{"text": text}], **params)
     return torch.tensor(floats(output["embedding"]))
 
@@ -63,7 +72,7 @@ def openai(given: object, **body: object) -> dict:
     }
 
 
-def test_batched_equals_single_within_rounding(embed):
+def test_batched_equals_single_within_rounding(torch, embed):
     assert len(TEXTS) == 200
     outputs = embed([{"text": text} for text in TEXTS])
     batched = torch.tensor([floats(output["embedding"]) for output in outputs])
@@ -73,21 +82,21 @@ def test_batched_equals_single_within_rounding(embed):
         assert (batched[index] - vector(embed, TEXTS[index])).abs().max() < 1e-5
 
 
-def test_vectors_have_length_one_unless_the_job_says_otherwise(embed):
+def test_vectors_have_length_one_unless_the_job_says_otherwise(torch, embed):
     assert vector(embed, "a chess program").norm() == pytest.approx(1.0, abs=1e-5)
     plain = vector(embed, "a chess program", normalize=False)
     assert plain.norm() > 1.5
     assert torch.nn.functional.cosine_similarity(plain, vector(embed, "a chess program"), dim=0) > 0.99999
 
 
-def test_neighbours_are_near_in_meaning(embed):
+def test_neighbours_are_near_in_meaning(torch, embed):
     packages = ["a strong chess engine", "library for reading PNG images", "recipes for Italian pasta"]
     vectors = torch.stack([vector(embed, text) for text in packages])
     for query, nearest in (("play a board game", 0), ("decode pictures", 1), ("what shall I cook", 2)):
         assert int((vectors @ vector(embed, query)).argmax()) == nearest
 
 
-def test_vector_is_the_mean_of_the_last_layer_over_real_tokens(embed):
+def test_vector_is_the_mean_of_the_last_layer_over_real_tokens(torch, embed):
     """Against the model called by hand, without padding and without the handler's own code."""
     encoded = embed.tokenizer("a chess program", return_tensors="pt")
     with torch.inference_mode():
@@ -97,7 +106,7 @@ def test_vector_is_the_mean_of_the_last_layer_over_real_tokens(embed):
     assert (torch.tensor(floats(outputs[0]["embedding"])) - mean).abs().max() < 1e-5
 
 
-def test_long_texts_are_cut_at_max_tokens(embed):
+def test_long_texts_are_cut_at_max_tokens(torch, embed):
     _, tokens = embed.embed(["word " * 5000])
     assert tokens == [256]
     assert torch.allclose(vector(embed, "word " * 5000), vector(embed, "word " * 254), atol=1e-5)
@@ -128,7 +137,7 @@ def test_openai_line_gives_an_openai_answer(embed):
     assert other["id"] != output["id"]
 
 
-def test_openai_dimensions_and_base64_are_honoured(embed):
+def test_openai_dimensions_and_base64_are_honoured(torch, embed):
     (output,) = embed([openai("a chess program", dimensions=64, encoding_format="base64")])
     short = torch.tensor(floats(output["response"]["body"]["data"][0]["embedding"]))
     assert short.shape == (64,)
@@ -138,7 +147,7 @@ def test_openai_dimensions_and_base64_are_honoured(embed):
     )
 
 
-def test_items_of_both_shapes_share_a_call_and_keep_their_order(embed):
+def test_items_of_both_shapes_share_a_call_and_keep_their_order(torch, embed):
     outputs = embed([{"text": TEXTS[0]}, openai(TEXTS[1:4], encoding_format="base64"), {"text": TEXTS[4]}])
     assert torch.allclose(torch.tensor(floats(outputs[0]["embedding"])), vector(embed, TEXTS[0]), atol=1e-5)
     data = outputs[1]["response"]["body"]["data"]
@@ -206,6 +215,8 @@ def test_handler_asks_for_nothing_that_a_ray_actor_lacks(embed):
 
 @pytest.mark.slow
 def test_worker_embeds_a_job(tmp_path):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
     job = Job(
         tmp_path / "job", [*({"text": text} for text in TEXTS[:40]), openai("a chess program"), {"text": ""}]
     )
