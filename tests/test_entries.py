@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from gpujobd import entries
+import trio
+from gpujobd import daemon, entries
 from gpujobd.catalog import FIELDS, MESSAGE_IDS, kind
 from test_journald import Receiver
+from trio.testing import MockClock
 
 FIGURES = {"job_id": 42, "tenant": "alice", "compute_s": 1.5, "failed": 0, "queued_s": None}
 
@@ -94,6 +96,64 @@ def test_a_message_that_does_not_fit_its_arguments_ends_nothing(both, capsys):
 
 def test_every_level_has_a_priority_of_its_own():
     assert sorted(entries.PRIORITIES.values()) == [2, 3, 4, 6, 7]
+
+
+@pytest.fixture
+def kept(journal, monkeypatch):
+    """The daemon's log, and at what times it was looked through for something left."""
+    handler, looks = entries.ToJournal(journal.path), []
+
+    def flushed():
+        looks.append(trio.current_time())
+        return real()
+
+    real = handler.flushed
+    monkeypatch.setattr(handler, "flushed", flushed)
+    log = logging.getLogger("gpujobd")
+    monkeypatch.setattr(log, "handlers", [handler])
+    monkeypatch.setattr(log, "level", logging.INFO)
+    yield log, looks
+    handler.close()
+
+
+def fill(log, journal):
+    """Write until the journal takes no more; how many entries that took."""
+    handler = log.handlers[0]
+    for number in range(10_000):
+        log.info("entry %d", number)
+        if handler._journald._waiting:
+            return number + 1
+    raise AssertionError("the journal takes everything")
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_an_idle_log_wakes_nobody_and_a_full_journal_gets_the_rest_when_it_reads(kept, journal, thread):
+    log, looks = kept
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(daemon._flush_log)
+            await trio.sleep(3600)
+            log.info("it is taken at once")
+            await trio.sleep(3600)
+            assert len(looks) == 1  # at the start
+
+            count = await trio.to_thread.run_sync(fill, log, journal) if thread else fill(log, journal)
+            await trio.sleep(1)
+            assert len(looks) > 10
+            messages = [dict(entry)["MESSAGE"] for entry in journal.entries()]
+            await trio.sleep(1)
+            messages += [dict(entry)["MESSAGE"] for entry in journal.entries()]
+            assert messages == ["it is taken at once", *[f"entry {n}" for n in range(count)]]
+
+            asked = len(looks)
+            await trio.sleep(3600)
+            assert len(looks) == asked
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    log.info("nobody is there to be woken")
+    fill(log, journal)
 
 
 PROGRAM = """

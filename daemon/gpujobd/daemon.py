@@ -73,8 +73,7 @@ LAST_ANSWERS_S: Final = 1.0  # a dead journal: time for "not accepted" to reach 
 ANSWERS_S: Final = 10.0  # at the end: for commits in flight, and for peers to take the answers
 SETTLE_S: Final = 120.0  # for the last snapshot: what takes longer hangs
 PAUSED_LOOK_S: Final = 0.05
-LOG_LOOK_S: Final = 0.02  # between two tries to give systemd's journal what waits for it
-LOG_IDLE_S: Final = 0.25  # where nothing waits: an idle daemon hardly uses the processor
+LOG_LOOK_S: Final = 0.02  # while systemd's journal does not take all
 CHANGES_MAX: Final = 20  # of a reload, in its entry
 COLLECTIONS: Final = (20_000, 20, 20)
 """Thresholds of the garbage collector. What stays for long (jobs, events) cannot be in a cycle, and little else is
@@ -353,10 +352,25 @@ class Daemon:
 
 
 async def _flush_log() -> None:
-    """What systemd's journal did not take at once, it gets as soon as it reads again."""
-    while True:
-        told = entries.flush()
-        await trio.sleep(LOG_IDLE_S if told else LOG_LOOK_S)
+    """What systemd's journal did not take at once, it gets as soon as it reads again; until then this sleeps."""
+    handler = entries.to_journal()
+    if handler is None:
+        return
+    token = trio.lowlevel.current_trio_token()
+
+    def wake() -> None:
+        left.set()
+
+    # Any thread may write to the log.
+    handler.call_when_left(lambda: token.run_sync_soon(wake, idempotent=True))
+    try:
+        while True:
+            left = trio.Event()  # before the look: what comes after it sets this one
+            while not handler.flushed():  # noqa: ASYNC110  # its socket does not tell when it takes more
+                await trio.sleep(LOG_LOOK_S)
+            await left.wait()
+    finally:
+        handler.call_when_left(None)
 
 
 def _on_stop_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:

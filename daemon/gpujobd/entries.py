@@ -18,7 +18,7 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from gpujobd import journald
@@ -66,11 +66,12 @@ class JsonLines(logging.Formatter):
 
 
 class ToJournal(logging.Handler):
-    """systemd's journal. flush() is to be called now and then, for entries that it did not take at once."""
+    """systemd's journal. Once an entry was not taken at once, flushed() is due until nothing is left."""
 
     def __init__(self, path: str = journald.SOCKET) -> None:
         super().__init__()
         self._journald = Journald(_missed, path)
+        self._on_left: Callable[[], None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -78,18 +79,25 @@ class ToJournal(logging.Handler):
         except (TypeError, ValueError):  # the message does not fit its arguments: logging's way is to say so
             self.handleError(record)
         else:
-            self._journald.send(framed)
+            if not self._journald.send(framed) and self._on_left is not None:
+                self._on_left()
 
-    @property
-    def behind(self) -> bool:
-        return self._journald.behind
-
-    def flush(self) -> None:
+    def flushed(self) -> bool:
+        """Send what was left, as far as journald takes it; whether nothing is left now."""
         self.acquire()
         try:
-            self._journald.flush()
+            return self._journald.flush()
         finally:
             self.release()
+
+    def call_when_left(self, on_left: Callable[[], None] | None) -> None:
+        """From now on call this, in any thread, whenever an entry was not taken at once; None: nothing.
+
+        Under the lock that emit() holds: what was told before is called no more when this returns.
+        """
+        self.acquire()
+        self._on_left = on_left
+        self.release()
 
     def close(self) -> None:
         self._journald.close()
@@ -152,12 +160,10 @@ def set_up(style: str, *, verbose: bool) -> None:
     threading.excepthook = _thread_crashed
 
 
-def flush() -> bool:
-    """Give systemd's journal what it did not take at once; whether it has all."""
-    ours = [h for h in logging.getLogger("gpujobd").handlers if isinstance(h, ToJournal)]
-    for handler in ours:
-        handler.flush()
-    return not any(handler.behind for handler in ours)
+def to_journal() -> ToJournal | None:
+    """Where the daemon's log goes, if that is systemd's journal."""
+    found = (handler for handler in logging.getLogger("gpujobd").handlers if isinstance(handler, ToJournal))
+    return next(found, None)
 
 
 def _crashed(bug: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -78,16 +78,12 @@ class Journald:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
 
-    @property
-    def behind(self) -> bool:
-        """Whether there is something to be told as soon as journald reads again."""
-        return bool(self._waiting or self.dropped)
-
-    def send(self, framed: bytes) -> None:
-        """Send it now, or keep it, or count it."""
-        self.flush()
-        if self.behind or not self._taken(framed):
-            self._keep(framed)
+    def send(self, framed: bytes) -> bool:
+        """Send it now, or keep it, or count it; whether nothing is left for flush()."""
+        if self.flush() and self._taken(framed):
+            return not self.dropped
+        self._keep(framed)
+        return False
 
     def flush(self) -> bool:
         """Send what waits, as far as journald takes it; whether nothing is left."""

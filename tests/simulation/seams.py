@@ -55,8 +55,6 @@ def periods(pulse: Pulse) -> dict[tuple[Any, str], float]:
         (worker, "HEARTBEAT_S"): pulse.heartbeat_s,
         (watchdog, "LOOK_S"): pulse.status_s,
         (watchdog, "STUCK_S"): pulse.stuck_s,
-        (daemon, "LOG_LOOK_S"): pulse.status_s,
-        (daemon, "LOG_IDLE_S"): pulse.status_s,
         (daemon, "PAUSED_LOOK_S"): pulse.look_s / 5,
         (janitor, "LOOK_S"): pulse.janitor_s,
         (janitor, "RETAIN_S"): pulse.retain_s,
