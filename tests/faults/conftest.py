@@ -44,7 +44,7 @@ ROWS = {
     18: ("SIGTERM at random moments", 65),
     19: ("clocks that step, processes that stand still", 50),
     20: ("other users and what they hand in", 200),
-    21: ("file system that forgets, whole daemon", 40),
+    21: ("file system that forgets, whole daemon", 20),
     22: ("variants of the program that are broken", 13),
 }
 """Row: what goes wrong, and how often in a run of scale 1."""

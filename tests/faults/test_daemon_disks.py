@@ -55,7 +55,7 @@ def test_a_crash_that_forgets_all_that_was_not_synced_breaks_no_promise(
 ) -> None:
     needs(21, "root", "fuse")
     handler = fake("toys:Count", batch_max=8, params={"call_s": 0.004})
-    for seed in cases(4):
+    for seed in cases(2):
         luck = random.Random(seed)
         host = Host(tmp_path / str(seed), "[worker]\ncheckpoint_s = 0.02\n", {"count": handler})
         with losefs(host.folder / "state") as disk, ended(impatient(host)):
@@ -208,7 +208,12 @@ def test_a_disk_that_fills_up_fails_no_item_and_work_goes_on_when_there_is_space
         with FileSystem(kind, tmp_path / f"{seed}.image", host.folder / "state") as disk, ended(host):
             host.start()
             tiny = Tiny(host, disk.root)
-            for stage in luck.sample(STAGES * 2, 5):
+            stages = [
+                before_it_leases,
+                *luck.sample(STAGES * 2, 4),
+            ]  # there it yields; elsewhere it may be faster
+            luck.shuffle(stages)
+            for stage in stages:
                 stage(tiny)
                 count(11)
             assert tiny.yields

@@ -91,7 +91,7 @@ def survive_cuts(seed: int) -> int:
 
 @pytest.mark.parametrize("block", range(8))
 def test_power_cuts_at_random_operations_lose_nothing_acknowledged(block: int, cases, count) -> None:
-    for seed in cases(20_000 // 8 // 3 + 60):
+    for seed in cases(20_000 // 8 // 3 + 20):
         count(1, survive_cuts(seed))
 
 
@@ -182,7 +182,7 @@ SCENARIOS: dict[str, tuple[Callable[[Machine], None], Callable[[Machine], None]]
     "start after a torn frame": (torn, start),
     "start after a failed sync": (sync_failed, start),
 }
-DAMAGES = 11
+DAMAGES = 13
 
 
 def survive_cut_at(scenario: str, story: int, at: int, damage: int) -> bool:
@@ -256,6 +256,6 @@ def survive_dying(seed: int) -> None:
 
 @pytest.mark.parametrize("block", range(2))
 def test_a_file_system_that_dies_takes_nothing_acknowledged_with_it(block: int, cases, count) -> None:
-    for seed in cases(500):
+    for seed in cases(150):
         survive_dying(seed)
         count(3)
