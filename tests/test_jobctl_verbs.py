@@ -380,6 +380,14 @@ def test_a_refusal_is_one_line_and_its_exit_code(daemon, capfd, code, exit_code)
     assert capfd.readouterr() == ("", f"jobctl: {code}: no more\\x1b[31m\n")
 
 
+def test_a_daemon_whose_journal_stays_dead_is_quoted_in_the_end(daemon, capfd, monkeypatch):
+    monkeypatch.setattr("jobctl.connection.RECONNECT_S", 0.2)
+    daemon.answer(p.Ping, p.Error(id=0, code=p.ErrorCode.NOT_ACCEPTED, message="who knows"))
+    assert run(["ping"]) == 3
+    assert capfd.readouterr().err == "jobctl: not_accepted: who knows\n"
+    assert len(daemon.asked(p.Ping)) > 1
+
+
 def test_a_connection_that_is_turned_away_says_why(daemon, capfd):
     daemon.welcome = p.Error(id=0, code=p.ErrorCode.TOO_MANY_CONNECTIONS, message="128 of 128 are in use")
     assert run(["ping"]) == 3

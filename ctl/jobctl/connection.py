@@ -39,7 +39,11 @@ FDS_MAX: Final = 4  # descriptors that may come with one read
 
 
 class Lost(Exception):
-    """The connection ended before the answer came, or the answer is that only the next daemon knows."""
+    """The connection ended before the answer came, or the answer, `said`, is that only the next daemon knows."""
+
+    def __init__(self, said: Refusal | None = None) -> None:
+        super().__init__()
+        self.said = said
 
 
 class Connection:
@@ -188,11 +192,11 @@ class Daemon:
             self._connection.close()
             self._connection = None
 
-    def _reconnect(self, give_up_at: float, again_in_s: float) -> float:
+    def _reconnect(self, give_up_at: float, again_in_s: float, said: Refusal | None = None) -> float:
         """Connect again; return how long to wait before the next time, should that not last either."""
         self.hang_up()
         if time.monotonic() >= give_up_at:
-            raise Failure(Exit.UNREACHABLE, "the daemon hangs up before it answers")
+            raise said or Failure(Exit.UNREACHABLE, "the daemon hangs up before it answers")
         while True:
             time.sleep(min(again_in_s, max(0.0, give_up_at - time.monotonic())))
             again_in_s = min(2 * again_in_s, BACKOFF_MAX_S)
@@ -216,9 +220,9 @@ class Daemon:
         while True:
             try:
                 return attempt()
-            except Lost:
+            except Lost as lost:
                 give_up_at = give_up_at or time.monotonic() + RECONNECT_S
-                again_in_s = self._reconnect(give_up_at, again_in_s)
+                again_in_s = self._reconnect(give_up_at, again_in_s, lost.said)
 
     def ask(self, request: p.AnyRequest, expect: type[R]) -> R:
         """Return the answer, of the type that is expected. For what may be asked twice.
@@ -242,7 +246,7 @@ class Daemon:
                 raise Failure(Exit.UNREACHABLE, f"{self._paths[0]}: no answer for {within_s:.0f} s") from None
             if isinstance(reply, p.Error) and reply.id in (0, request_id):
                 if reply.code == p.ErrorCode.NOT_ACCEPTED:
-                    raise Lost
+                    raise Lost(Refusal(reply))
                 raise Refusal(reply)
             if isinstance(reply, p.Reply) and reply.id == request_id and not isinstance(reply, p.Alive):
                 return reply
