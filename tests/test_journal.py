@@ -594,6 +594,7 @@ def test_a_dead_journal_accepts_nothing_and_says_why() -> None:
 # --- speed, as a bound on hanging --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_million_records_are_recovered_without_a_copy_of_the_log_in_memory(tmp_path: Path) -> None:
     """In a process of its own, under a limit of its own: recovery takes a segment at a time."""
     script = f"""
