@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -15,7 +16,8 @@ SECRETS = {
     "SSH_AUTH_SOCK": "/run/agent",
     "AWS_SECRET_ACCESS_KEY": "aws",
     "HF_TOKEN": "hf",
-    "PYTHONPATH": "",
+    # Where the daemon itself may come from: it is added to.
+    "PYTHONPATH": os.pathsep.join(filter(None, ["/opt/elsewhere", os.environ.get("PYTHONPATH")])),
     "LD_PRELOAD": "",
 }
 
