@@ -30,10 +30,10 @@ test-long: $(VENV)/ready ## restarts by the dozen, long simulations
 test-host: $(VENV)/ready ## the packages under the real systemd of a booted Debian 13; needs root
 	$(BIN)/pytest -m slow -n 2 --dist loadfile tests/host
 
-# Scale 0.05 is a quick look: the same faults, a twentieth of them.
 test-host-torch: $(VENV)/ready ## a torch handler on Debian's python3-torch; fetches a root of gigabytes, once
 	GPUJOBD_HOST_TORCH=1 $(BIN)/pytest -m slow tests/host/test_torch.py
 
+# Scale 0.05 is a quick look: the same faults, a twentieth of them.
 test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that attack  [GPUJOBD_FAULTS_SCALE=0.05]
 	@tests/faults/needs.sh $(BIN)/python
 	$(BIN)/pytest -m slow -n 2 --dist worksteal tests/faults
