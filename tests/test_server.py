@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -242,49 +243,50 @@ def test_the_newest_job_is_the_newest_that_is_left(host):
 
 
 def flood(host, uid, requests, connections):
-    """A child that sends `requests` as fast as it can on many connections, reading what comes."""
+    """A child that sends `requests` as fast as it can on many connections, reading what comes; cut off, it comes again."""
     child = os.fork()
     if child == 0:
         try:
             os.setgroups([])
             os.setgid(uid)
             os.setuid(uid)
-            import selectors
-
             chosen = selectors.DefaultSelector()
             for _ in range(connections):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.connect(str(host.socket))
-                sock.sendall(HELLO)
-                sock.setblocking(False)
-                chosen.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+                call_in(host, chosen)
             while True:
                 for key, ready in chosen.select():
-                    with contextlib.suppress(BlockingIOError):
+                    try:
                         if ready & selectors.EVENT_READ and not key.fileobj.recv(1 << 18):
-                            os._exit(3)
+                            raise ConnectionResetError
                         if ready & selectors.EVENT_WRITE:
                             key.fileobj.send(requests)
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        chosen.unregister(key.fileobj)
+                        key.fileobj.close()
+                        call_in(host, chosen)
         finally:
             os._exit(1)
     return child
 
 
-def pings(host, seconds):
-    """Seconds that each ping of another user took."""
+def call_in(host, chosen):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(host.socket))
+    sock.sendall(HELLO)
+    sock.setblocking(False)
+    chosen.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+
+def pings(host, count):
+    """Another user's pings, one after the other; how many were answered, none of them after HANG_S."""
 
     def ping():
-        took = []
         with host.client() as client:
-            until_at = time.monotonic() + seconds
-            while time.monotonic() < until_at:
-                at = time.monotonic()
-                client.ask(protocol.Ping)
-                took.append(time.monotonic() - at)
-                time.sleep(0.005)
-        return took
+            return sum(isinstance(client.ask(protocol.Ping), protocol.Pong) for _ in range(count))
 
-    return sorted(as_user(MEMBER, ping))
+    return as_user(MEMBER, ping)
 
 
 FLOODS = {
@@ -299,7 +301,7 @@ FLOODS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FLOODS)
-def test_another_users_ping_is_prompt_under_a_flood(host, stopped_queue, what):
+def test_another_users_pings_are_answered_under_a_flood_that_never_ends(host, stopped_queue, what):
     with host.client() as client:
         for n in range(300):
             client.submit("count", [{"text": "a"}], submit_id=f"flood-{n}")
@@ -309,17 +311,8 @@ def test_another_users_ping_is_prompt_under_a_flood(host, stopped_queue, what):
     child = flood(host, STRANGER, many, 100)
     try:
         time.sleep(0.5)
-        took = pings(host, 3.0)
+        assert pings(host, 200) == 200
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        assert ended is None, "the flood has ended: nothing was shown"
     finally:
         end(child)
-    print(
-        what,
-        len(took),
-        "pings, p50",
-        took[len(took) // 2],
-        "p99",
-        took[len(took) * 99 // 100],
-        "max",
-        took[-1],
-    )
-    assert took[len(took) * 99 // 100] < 0.25
