@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 STATE = "/var/lib/gpujobd"
 SIZE = "120M"  # three segments of 16 MiB, a snapshot, and room under which submissions are refused
 FREE_MIN = "[limits]\ndisk_free_bytes_min = 30_000_000\n"
-CHECK_DISK = ["submit", "checksum", "-", "--dry-run"]
+TOLD = {"disk_low", "disk_filled", "disk_freed", "disk_enough"}
 
 
 @pytest.fixture
@@ -29,6 +29,10 @@ def submits(host: Host) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def told_of_the_disk(host: Host) -> set[str]:
+    return {entry["EVENT"] for entry in host.journal("gpujobd") if entry.get("EVENT", "").startswith("disk_")}
+
+
 def test_job_waits_while_the_disk_is_full_and_fails_no_item(small):
     job = Midway(small)
     assert submits(small)[0] == 0
@@ -43,6 +47,7 @@ def test_job_waits_while_the_disk_is_full_and_fails_no_item(small):
     assert shown["items"]["failed"] == 0
     assert "disk full" in small.show()["StatusText"]
     assert "DiskFull" in small.jobctl().stdout
+    until(lambda: "disk_low" in told_of_the_disk(small), "the daemon's own look at the disk")
 
     small.run("rm", f"{STATE}/filler")
     job.go_on()
@@ -50,8 +55,6 @@ def test_job_waits_while_the_disk_is_full_and_fails_no_item(small):
     assert small.jobctl("errors", job.job_id).stdout == ""
     until(lambda: submits(small)[0] == 0, "submissions to be accepted")
     assert small.show()["NRestarts"] == "0"
-    told = [entry.get("EVENT") for entry in small.journal("gpujobd")]
-    of_the_disk = [event for event in told if event and event.startswith("disk_")]
-    assert sorted(set(of_the_disk)) == ["disk_enough", "disk_filled", "disk_freed", "disk_low"]
+    until(lambda: told_of_the_disk(small) == TOLD, "the journal to tell it all")
     (filled,) = small.journal("gpujobd", EVENT="disk_filled")
     assert filled["PRIORITY"] == "3"
