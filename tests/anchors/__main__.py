@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE.parent / "faults"), str(HERE.parent / "bench")]
 
 import machine  # noqa: E402
-from loop_fs import LoopFs, loop_fs  # noqa: E402
+from filesystems import FileSystem  # noqa: E402
 from stores import STORES, Refuses, Store, freeze, payload, served  # noqa: E402
 
 RECORDS = 100
@@ -37,7 +37,7 @@ FLIPS = 150
 CUTS = 20
 WRITES_AFTER = 10
 RECORDS_MAX = 4_000
-IMAGE_BYTES = 192 << 20
+IMAGE_MIB = 192
 SYNCED_BY_THE_CLOCK_S = 1.5  # whoever syncs once a second has
 
 
@@ -116,10 +116,11 @@ def _flip(files: list[Path], rng: random.Random) -> None:
 def power_cuts(kind: type[Store], rng: random.Random, cuts: int) -> list[object]:
     with_loss = lost = acknowledged = 0
     for _ in range(cuts):
-        with loop_fs("ext4", IMAGE_BYTES) as disk:
-            kept = _write_until_cut(kind, disk, rng)
-            disk.mount()
-            with served(kind, disk.mountpoint) as store:
+        with tempfile.TemporaryDirectory(prefix="anchor-") as name:
+            disk = FileSystem("ext4", Path(name) / "image", Path(name) / "disk", IMAGE_MIB)
+            with disk:
+                kept = _write_until_cut(kind, disk, rng)
+            with disk, served(kind, disk.root) as store:
                 missing = set(kept) - set(store.read())
         acknowledged += len(kept)
         lost += len(missing)
@@ -127,10 +128,10 @@ def power_cuts(kind: type[Store], rng: random.Random, cuts: int) -> list[object]
     return [with_loss, lost, acknowledged]
 
 
-def _write_until_cut(kind: type[Store], disk: LoopFs, rng: random.Random) -> list[str]:
+def _write_until_cut(kind: type[Store], disk: FileSystem, rng: random.Random) -> list[str]:
     """The records acknowledged before the power went."""
     kept: list[str] = []
-    with served(kind, disk.mountpoint) as store:
+    with served(kind, disk.root) as store:
 
         def write() -> None:
             n = 0
@@ -142,10 +143,9 @@ def _write_until_cut(kind: type[Store], disk: LoopFs, rng: random.Random) -> lis
         writer.start()
         time.sleep(rng.uniform(0.05, 0.5))
         freeze(store)
-        disk.cut()
+        disk.shut_down()
         store.kill()
         writer.join()
-    disk.unmount()
     return kept
 
 

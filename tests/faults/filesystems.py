@@ -53,12 +53,12 @@ def keep_mounts_to_ourselves() -> None:
 class FileSystem:
     """One kernel file system in a file."""
 
-    def __init__(self, kind: str, image: Path, mount_point: Path) -> None:
+    def __init__(self, kind: str, image: Path, mount_point: Path, size_mib: int = 0) -> None:
         self.kind, self.image, self.root = kind, image, mount_point
         self.mounted = False
         if not image.exists():
             with image.open("wb") as file:
-                file.truncate(SIZES_MIB[kind] << 20)
+                file.truncate((size_mib or SIZES_MIB[kind]) << 20)
             tool(*MAKE[kind], image)
             for path in (image, image.parent):  # it may lie on losefs, where not even its name is safe
                 fd = os.open(path, os.O_RDONLY)

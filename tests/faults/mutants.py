@@ -21,6 +21,7 @@ class Mutant:
     old: str
     new: str
     killed_by: tuple[str, ...]  # arguments of pytest
+    scale: float = 0.02  # of the fault suite: so many cases are enough
 
     def infect(self, tree: Path) -> None:
         path = tree / self.file
@@ -54,8 +55,8 @@ MUTANTS = [
     Mutant(
         "a new segment whose name is not synced",
         "daemon/gpujobd/journal.py",
-        "            self._disk.rename(path, self._path(segment.name))\n        self._disk.fsync_dir(self.directory)\n",
-        "            self._disk.rename(path, self._path(segment.name))\n",
+        "            self._spares.name(self._path(segment.name))\n        self._disk.fsync_dir(self.directory)\n",
+        "            self._spares.name(self._path(segment.name))\n",
         CUTS,
     ),
     Mutant(
@@ -73,6 +74,7 @@ MUTANTS = [
         "                put(self._disk, fd, _PIECE[: self._segment_bytes - at], at)\n",
         "            put(self._disk, fd, bytes(1), self._segment_bytes - 1)\n",
         DYING,
+        scale=0.5,
     ),
     Mutant(
         "any damage taken for a torn tail",

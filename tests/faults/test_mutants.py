@@ -14,7 +14,6 @@ from mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.slow
 
-SCALE = "0.02"
 HANG_S = 600.0
 TESTS_FAILED = (
     1  # pytest: everything else above 0 is no verdict (nothing collected, interrupted, bad arguments)
@@ -35,13 +34,13 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def verdict(tree: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def verdict(tree: Path, tests: tuple[str, ...], scale: float) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(tree / part) for part in ("daemon", "ctl"))
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-m", "slow or not slow", *tests],
         cwd=tree,
         env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "GPUJOBD"))}
-        | {"PYTHONPATH": paths, "GPUJOBD_FAULTS_SCALE": SCALE},
+        | {"PYTHONPATH": paths, "GPUJOBD_FAULTS_SCALE": str(scale)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,15 +49,17 @@ def verdict(tree: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("tests", sorted({mutant.killed_by for mutant in MUTANTS}), ids=" ".join)
-def test_the_whole_program_passes(tree: Path, tests: tuple[str, ...]) -> None:
-    passed = verdict(tree, tests)
+@pytest.mark.parametrize(
+    ("tests", "scale"), sorted({(mutant.killed_by, mutant.scale) for mutant in MUTANTS}), ids=str
+)
+def test_the_whole_program_passes(tree: Path, tests: tuple[str, ...], scale: float) -> None:
+    passed = verdict(tree, tests, scale)
     assert passed.returncode == 0, passed.stdout
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
 def test_a_broken_variant_is_noticed(tree: Path, mutant: Mutant, count) -> None:
     mutant.infect(tree)
-    found = verdict(tree, mutant.killed_by)
+    found = verdict(tree, mutant.killed_by, mutant.scale)
     assert found.returncode == TESTS_FAILED, f"it lives:\n{found.stdout}"
     count(22)

@@ -82,6 +82,8 @@ class SpoolDisk:
     def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         self._alive()
         fd = os.open(path, flags, mode, dir_fd=dir_fd)
+        if flags & os.O_CREAT:
+            self._changed(path, dir_fd)
         found = os.fstat(fd)
         self._opened[fd] = found.st_dev, found.st_ino
         return fd
@@ -125,6 +127,8 @@ class SpoolDisk:
         source = os.path.join(self._path(src_dir_fd), old)
         target = os.path.join(self._path(dst_dir_fd), new)
         os.rename(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        self._changed(old, src_dir_fd)
+        self._changed(new, dst_dir_fd)
         if source in self._synced:
             self._synced[target] = self._synced.pop(source)
         else:
@@ -140,9 +144,14 @@ class SpoolDisk:
         self._alive()
         self._refuse("mkdir")
         os.mkdir(path, mode, dir_fd=dir_fd)
+        self._changed(path, dir_fd)
 
     def fstatvfs(self, fd: int) -> Any:
         return SimpleNamespace(f_bavail=0 if self.full else PLENTY_BYTES, f_frsize=1)
+
+    def _changed(self, path: Any, dir_fd: int | None) -> None:
+        """The folder of a new name is dirty again, whatever sync of it failed before."""
+        self._stale.discard(os.path.dirname(path) if dir_fd is None else self._path(dir_fd))
 
     def _path(self, fd: int) -> str:
         """Empty for a file that has no name any more."""
