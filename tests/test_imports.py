@@ -80,6 +80,14 @@ def test_the_protocol_stands_on_msgspec_alone() -> None:
     assert tops(DAEMON / "gpujobd" / "protocol.py") <= STANDARD | {"msgspec"}
 
 
+SHARED = ("notify", "peer", "protocol", "settings")  # what the notifier has of the daemon
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_the_notifier_shares_with_the_daemon_knows_nothing_of_it(name: str) -> None:
+    assert tops(DAEMON / "gpujobd" / f"{name}.py") <= STANDARD | {"msgspec", "sdnotify", "trio"}
+
+
 @pytest.mark.parametrize("path", files(CLIENT / "jobctl"), ids=ids)
 def test_the_client_knows_the_protocol_and_nothing_else_of_the_daemon(path: Path) -> None:
     own = {name for name in imported(path) if name.split(".")[0] == "gpujobd"}
