@@ -131,6 +131,14 @@ def is_occasion(word: str) -> bool:
     return word in {*NotifyOn} or progress_step(word) is not None
 
 
+def covers(pattern: str, host: str) -> bool:
+    """Whether a pattern of Attend means this host or domain: itself, `*.DOMAIN` all that is below it, `*` any."""
+    pattern, host = pattern.lower(), host.lower().rstrip(".")
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:]) and len(host) > len(pattern) - 1
+    return pattern in ("*", host)
+
+
 # --- client to daemon -------------------------------------------------------------------------------------------
 
 
