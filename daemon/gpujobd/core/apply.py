@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from gpujobd.core import book, events
 from gpujobd.core.model import (
     NO_DEATHS,
@@ -22,6 +24,7 @@ from gpujobd.core.model import (
     JobState,
     Learned,
     Lease,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -48,12 +51,13 @@ def apply(state: State, event: events.AnyEvent, seq: int) -> None:
 # --- the daemon -------------------------------------------------------------------------------------------------
 
 
-def _daemon_started(state: State, _: events.DaemonStarted) -> None:
+def _daemon_started(state: State, event: events.DaemonStarted) -> None:
     state.stopping = False
     for reservation_id in list(state.reservations):
         _release(state, reservation_id)
     for device in state.devices.values():
         device.loaded = ()
+    _leave(state, event.at_ns)
 
 
 def _daemon_stopping(state: State, _: events.DaemonStopping) -> None:
@@ -80,6 +84,25 @@ def _disk_filled(state: State, event: events.DiskFilled) -> None:
 def _disk_freed(state: State, _: events.DiskFreed) -> None:
     state.disk_full = False
     state.disk_detail = ""
+
+
+def _notifier_attached(state: State, event: events.NotifierAttached) -> None:
+    state.notifier = Notifier(
+        names=event.names,
+        admin_names=event.admin_names,
+        url_hosts=event.url_hosts,
+        mail_domains=event.mail_domains,
+    )
+
+
+def _notifier_left(state: State, event: events.NotifierLeft) -> None:
+    _leave(state, event.at_ns)
+
+
+def _leave(state: State, at_ns: int) -> None:
+    """The connection of the notifier that was here is gone."""
+    if state.notifier is not None and not state.notifier.left_ns:
+        state.notifier = replace(state.notifier, left_ns=at_ns)
 
 
 # --- submissions --------------------------------------------------------------------------------------------------
@@ -148,6 +171,8 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         retry_of=event.retry_of,
         inline_seq=inline_seq,
         reservation_id=event.reservation_id,
+        notify=event.notify,
+        notify_on=event.notify_on,
         priority=event.priority,
         level=event.priority,
         line_key=event.job_id,
@@ -507,6 +532,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.QueueSwitched: _queue_switched,
     events.DiskFilled: _disk_filled,
     events.DiskFreed: _disk_freed,
+    events.NotifierAttached: _notifier_attached,
+    events.NotifierLeft: _notifier_left,
     events.Reserved: _reserved,
     events.ReservationReleased: _reservation_released,
     events.Submitted: _submitted,
