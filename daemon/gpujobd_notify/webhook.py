@@ -122,4 +122,10 @@ def judge(status: int, retry_after: str, now: dt.datetime) -> Outcome:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What it says, or what caused it says: of a certificate that is refused, only the innermost tells why."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if text := " ".join(str(inner).split()):
+            return text
+        inner = inner.__cause__ or inner.__context__
+    return type(error).__name__

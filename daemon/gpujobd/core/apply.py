@@ -18,6 +18,7 @@ from gpujobd.core import book, events
 from gpujobd.core.model import (
     NO_DEATHS,
     NO_PARAMS,
+    TELLING_NS,
     Device,
     DeviceState,
     Job,
@@ -378,6 +379,7 @@ def _yielded(state: State, event: events.Yielded) -> None:
 def _completed(state: State, event: events.Completed) -> None:
     job = _progress(state, event)
     assert job.left == 0, event
+    _price_job(state, job)
     _end_lease(state, job, event.at_ns, S.COMPLETED)
 
 
@@ -393,7 +395,7 @@ def _progress(state: State, event: events.Progress) -> Job:
     job.checkpoint = new
     more = new.results_bytes + new.errors_bytes - old.results_bytes - old.errors_bytes
     book.count(state.book, job.owner, job.tenant, items=-tried, stored=more)
-    _price(state, lease, event.used_ns, tried)
+    job.worked_ns += _price(state, lease, event.used_ns, tried)
     if event.vram_bytes:
         learned = state.learned[job.handler]
         learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
@@ -404,17 +406,28 @@ def _progress(state: State, event: events.Progress) -> Job:
     return job
 
 
-def _price(state: State, lease: Lease, used_ns: int, tried: int) -> None:
-    """Learn what an item of this handler costs, loading apart."""
+def _price(state: State, lease: Lease, used_ns: int, tried: int) -> int:
+    """Learn what an item of this handler costs, loading apart; the time that was not loading."""
     loading = min(lease.loading_ns, used_ns)
     lease.loading_ns -= loading
-    lease.unpriced_ns += used_ns - loading
+    worked_ns = used_ns - loading
+    lease.unpriced_ns += worked_ns
     if not tried or not lease.unpriced_ns:
-        return
+        return worked_ns
     learned = state.learned[lease.handler]
     sample = max(1, lease.unpriced_ns // tried)
     lease.unpriced_ns = 0
     learned.item_ns, learned.item_spread_ns = _learn(learned.item_ns, learned.item_spread_ns, sample)
+    return worked_ns
+
+
+def _price_job(state: State, job: Job) -> None:
+    """Learn what an item costs from one job to the next: what differs between jobs, checkpoints of one do not show."""
+    if job.worked_ns < TELLING_NS:
+        return
+    learned = state.learned[job.handler]
+    sample = max(1, job.worked_ns // job.items)
+    learned.job_item_ns, learned.job_spread_ns = _learn(learned.job_item_ns, learned.job_spread_ns, sample)
 
 
 def _got_on(job: Job) -> None:

@@ -30,6 +30,9 @@ MINUTE_NS: Final = 60 * S_NS
 CODES_MAX: Final = 10
 CODE_CHARS_MAX: Final = 64
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
+TELLING_NS: Final = (
+    S_NS  # device time after which a job tells what its items cost: before, starting is most of it
+)
 
 
 class JobState(enum.StrEnum):
@@ -220,6 +223,7 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     canary_due: tuple[int, ...] = ()  # lines to be failed with `worker_lost` once a canary has passed
     condemned: tuple[int, ...] = ()  # the canary passed: the worker fails these lines and never tries them
     used_ns: int = 0  # device time charged to it so far
+    worked_ns: int = 0  # what of that went into items, not into loading
     timings: Timings = Timings()
     device: str = ""  # of the latest lease
     queued_ns: int = 0  # since when it waits, moved back by earlier waits: aging adds up
@@ -312,6 +316,8 @@ class Learned(msgspec.Struct, kw_only=True):
     load_spread_ns: int = 0  # moving mean of their distance from the mean
     item_ns: int = 0  # moving mean of device time per item; 0: none measured
     item_spread_ns: int = 0  # moving mean of the distance from it
+    job_item_ns: int = 0  # the same, a sample for each completed job: what to expect of the next one
+    job_spread_ns: int = 0
     load_failures: int = 0  # in a row, over all its jobs
     retry_at_ns: int = 0
     failure: str = ""  # the latest load error
