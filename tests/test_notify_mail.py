@@ -274,6 +274,7 @@ async def test_a_line_that_is_cut_after_data_is_tried_again():
 
 async def test_goodbye_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(mail, "GOODBYE_S", 0.2)
+
     def act(sock, lines):
         def answer(word, text):
             for line in lines:
