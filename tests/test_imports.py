@@ -22,6 +22,7 @@ PURE = {
     "itertools",
     "math",
     "operator",
+    "re",
     "typing",
 }
 CORE = "gpujobd.core"

@@ -86,7 +86,9 @@ class Worker(Section, frozen=True):
 
 class Access(Section, frozen=True):
     admins: tuple[str, ...] = ("gpujobd-admin",)  # group names; root always
-    observers: tuple[str, ...] = ()  # users, or groups as "@name": they follow every event and nothing else
+    observers: tuple[str, ...] = (
+        "gpujobd-notify",
+    )  # users, or groups as "@name": they see every job and event
     high_priority: tuple[str, ...] = ()  # users or "@groups" that may submit with --priority high
 
 

@@ -10,13 +10,15 @@ Rule 2: what lies before the first connection ever is not told. From then on, wh
 is derived from the jobs that have changed since.
 Rule 3: the event at the cursor is asked for again. If it is another one, or the daemon is not that far, its state was
 restored: what it took back is forgotten, what is due from then on gets new ids, and the log says so.
-Rule 4: the daemon may be away as long as it likes; it is asked for again, after ten seconds at most.
+Rule 4: the daemon may be away as long as it likes; it is asked for again, after ten seconds at most. One that was stopped,
+and for which systemd listens, is not called: that would start it, in the middle of its upgrade or against somebody's will.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import pwd
 import random
 import time
@@ -49,6 +51,8 @@ COMMIT_DUE_S: Final = 0.05  # gathering, while something is due
 COMMIT_S: Final = 2.0  # the same, while nothing is: what a kill makes the next start read again
 BATCH_MAX: Final = 500  # postings in one commit
 KNOWN_MAX: Final = 20_000  # jobs in memory, those that nobody wants to hear of included
+
+ACTIVE_UNITS: Final = "/run/systemd/units"  # has a link invocation:UNIT for every unit that is active
 
 OF_JOBS: Final = due.FINAL | {
     "leased",
@@ -137,6 +141,8 @@ async def connected(paths: Sequence[str]) -> AsyncIterator[Connection]:
     """To the first that answers. Raises: Lost."""
     stream, tried = None, []
     for path in paths:
+        if path == p.SYSTEM_SOCKET and is_asleep():
+            raise Lost("it is stopped, and is not started for this")
         try:
             with trio.fail_after(CONNECT_S):
                 stream = await trio.open_unix_socket(path)
@@ -147,6 +153,14 @@ async def connected(paths: Sequence[str]) -> AsyncIterator[Connection]:
         raise Lost(f"no daemon answers: tried {', '.join(tried)}")
     async with stream:
         yield Connection(stream)
+
+
+def is_asleep() -> bool:
+    """Whether systemd listens for a daemon that does not run."""
+    listens, runs = (
+        os.path.lexists(f"{ACTIVE_UNITS}/invocation:gpujobd.{kind}") for kind in ("socket", "service")
+    )
+    return listens and not runs
 
 
 class Follower:
