@@ -233,6 +233,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
         Column("TENANT", shrink=True),
         Column("LOADED", shrink=True),
         Column("MEMORY", right=True),
+        Column("BUSY", right=True),
+        Column("TEMP", right=True),
         Column("HARDWARE", shrink=True),
         Column("REASON", shrink=True),
     )
@@ -241,7 +243,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
 
 def _device_row(device: p.DeviceView) -> tuple[str, ...]:
     why = ": ".join(part for part in (given(device.reason), given(device.reason_detail)) if part)
-    memory = size(device.memory_bytes) if device.memory_bytes is not UNSET else ""
+    used = device.memory_used_bytes if device.memory_used_bytes is not UNSET else device.memory_bytes
+    memory = size(used) if used is not UNSET else ""
     if memory and device.memory_total_bytes is not UNSET:
         memory += f" of {size(device.memory_total_bytes)}"
     return (
@@ -251,6 +254,8 @@ def _device_row(device: p.DeviceView) -> tuple[str, ...]:
         given(device.tenant),
         " ".join(device.loaded),
         memory,
+        f"{device.utilisation:.0f} %" if device.utilisation is not UNSET else "",
+        f"{device.temperature_c:.0f} °C" if device.temperature_c is not UNSET else "",
         given(device.hardware),
         why,
     )

@@ -24,6 +24,8 @@ COLOURS: Final = {
     "failed": "red",
     "expired": "red",
     "unhealthy": "red",
+    "driver_mismatch": "red",
+    "busy_elsewhere": "yellow",
 }
 
 

@@ -333,6 +333,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     timings: JobTimings | UnsetType = UNSET
 
 
+class HeldView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    handler: str
+    pid: int
+    bytes: int
+
+
+class OtherView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pid: int
+    bytes: int | UnsetType = UNSET
+    command: str | UnsetType = UNSET  # for administrators
+    user: str | UnsetType = UNSET  # for administrators
+
+
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     state: str
@@ -344,6 +357,20 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int | UnsetType = UNSET
     memory_total_bytes: int | UnsetType = UNSET
     hardware: str | UnsetType = UNSET  # "NVIDIA H200", or the CPU's model name
+    since: dt.datetime | UnsetType = UNSET  # in this state
+    held: list[HeldView] | UnsetType = UNSET
+    others: list[OtherView] | UnsetType = UNSET  # the largest; the rest is in others_bytes
+    others_bytes: int | UnsetType = UNSET
+    memory_used_bytes: int | UnsetType = UNSET  # by everybody
+    utilisation: float | UnsetType = UNSET
+    temperature_c: float | UnsetType = UNSET
+    power_w: float | UnsetType = UNSET
+    power_limit_w: float | UnsetType = UNSET
+    throttled: list[str] | UnsetType = UNSET
+    uuid: str | UnsetType = UNSET
+    driver: str | UnsetType = UNSET
+    seen_at: dt.datetime | UnsetType = UNSET
+    unseen: str | UnsetType = UNSET  # why nothing of it is known from outside
 
 
 class HandlerView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

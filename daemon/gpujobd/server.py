@@ -428,7 +428,7 @@ class Server:
             protocol.StatusTable(
                 id=request.id,
                 switches=views.switches(self._state),
-                devices=self._device_views(c.who),
+                devices=self._device_views(c.who, brief=True),
                 running=[self._view(job) for job in running],
                 waiting=[job for job in shown if job.state == JobState.QUEUED],
                 paused=paused,
@@ -465,15 +465,20 @@ class Server:
         c.finish(protocol.TenantList(id=request.id, tenants=found, you=you))
 
     def _devices(self, c: Connection, request: protocol.Devices) -> None:
+        self._task(c, self._device_list, request)
+
+    async def _device_list(self, c: Connection, request: protocol.Devices) -> None:
+        await self._supervisor.seen_lately()
         c.finish(protocol.DeviceList(id=request.id, devices=self._device_views(c.who)))
 
-    def _device_views(self, who: Who) -> list[protocol.DeviceView]:
+    def _device_views(self, who: Who, *, brief: bool = False) -> list[protocol.DeviceView]:
         def sees(job: model.Job) -> bool:
             return allowed("show", who, job)
 
         state, hardware = self._state, self._supervisor.hardware
         devices = state.devices.values()
-        return [views.device(d, sees, state, hardware(d.name), admin=who.admin) for d in devices]
+        names = self._directory.name if who.admin else None
+        return [views.device(d, sees, state, hardware(d.name), names, brief=brief) for d in devices]
 
     # --- streams ------------------------------------------------------------------------------------------------
 

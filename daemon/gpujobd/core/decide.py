@@ -6,24 +6,27 @@ Rule 3: the same answer whatever the hour but `now_ns`: no clock, no luck.
 Rule 4: no events: nothing to do, or nothing to add (a repeated submission, a stale report, a wish already granted).
 
     admission.py  the door: submissions      leases.py  reports of workers
-    house.py      start, stop, time, order   here       what people want of jobs that are in
+    house.py      start, stop, time, order   sightings.py  looks at devices from outside
+                                             here          what people want of jobs that are in
 """
 
 from __future__ import annotations
 
-from gpujobd.core import admission, events, house, leases, rights
+from gpujobd.core import admission, events, house, leases, rights, sightings
 from gpujobd.core.admission import MESSAGE_CHARS_MAX, Refused, find_submitted
 from gpujobd.core.inputs import (
     AnyInput,
     CanaryOk,
     Cancel,
     CheckpointReached,
+    DeviceSeen,
     DiskSpace,
     Finished,
     GaveBack,
     Loaded,
     LoadFailed,
     Lost,
+    MemoryWanted,
     MoveFirst,
     Pause,
     Release,
@@ -108,6 +111,10 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return leases.canary_ok(state, given, now_ns)
         case Unkillable():
             return leases.unkillable(state, given, now_ns)
+        case DeviceSeen():
+            return sightings.device_seen(state, rules, given, now_ns)
+        case MemoryWanted():
+            return sightings.memory_wanted(state, given, now_ns)
 
 
 # --- what people want of jobs that are in --------------------------------------------------------------------------

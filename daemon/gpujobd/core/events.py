@@ -242,6 +242,10 @@ class Checkpointed(Progress, frozen=True, tag="checkpointed"):
 class Yielded(Progress, frozen=True, tag="yielded"):
     """The worker gave the lease back at a batch boundary; counts against nobody."""
 
+    cramped_bytes: int = (
+        -1
+    )  # it did not fit into the room that others leave on the device; -1: that was not why
+
 
 class Completed(Progress, frozen=True, tag="completed"):
     """Every item was tried."""
@@ -274,13 +278,36 @@ class CanaryPassed(Event, frozen=True, tag="canary_passed"):
 
 class DeviceFellIll(Event, frozen=True, tag="device_fell_ill"):
     device: str
-    reason: str  # WorkerUnkillable, CanaryFailed, RepeatedFailures
+    reason: (
+        str  # WorkerUnkillable, CanaryFailed, RepeatedFailures; DeviceLost, ResetRequired, ComputeProhibited
+    )
     detail: str
     retry_at_ns: int
 
 
 class DeviceRecovered(Event, frozen=True, tag="device_recovered"):
     device: str
+
+
+class DeviceCrowded(Event, frozen=True, tag="device_crowded"):
+    """Processes that are not ours leave so little of its memory that some handler does not fit."""
+
+    device: str
+    room_bytes: int
+    detail: str = ""
+
+
+class DeviceCleared(Event, frozen=True, tag="device_cleared"):
+    """They leave room for every handler again."""
+
+    device: str
+
+
+class DriverMismatched(Event, frozen=True, tag="driver_mismatched"):
+    """The driver in the kernel is not the one of the libraries: it was upgraded, and the host was not rebooted."""
+
+    device: str
+    detail: str = ""
 
 
 AnyEvent = (
@@ -316,6 +343,9 @@ AnyEvent = (
     | CanaryPassed
     | DeviceFellIll
     | DeviceRecovered
+    | DeviceCrowded
+    | DeviceCleared
+    | DriverMismatched
 )
 
 _encoder = msgspec.msgpack.Encoder()

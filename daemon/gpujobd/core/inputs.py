@@ -205,7 +205,9 @@ class CheckpointReached(Work, frozen=True):
 
 
 class GaveBack(Work, frozen=True):
-    """The worker yielded."""
+    """The worker yielded; or there was none yet, and the lease is given back as it came."""
+
+    cramped_bytes: int = -1  # why: it does not fit into this room, which others leave it; -1: another reason
 
 
 class Finished(Work, frozen=True):
@@ -230,6 +232,24 @@ class Unkillable(Input, frozen=True):
     """The worker's lock is not free, or its cgroup not empty, 30 s after SIGKILL."""
 
     device: str
+    detail: str = ""
+
+
+class DeviceSeen(Input, frozen=True):
+    """A look at a device from outside, by its driver. Told again and again: what has not changed gives no events."""
+
+    device: str
+    trouble: str = ""  # DriverMismatch, DeviceLost, ResetRequired, ComputeProhibited; empty: none is known
+    detail: str = ""
+    total_bytes: int = 0  # 0: nothing is known of its memory
+    room_bytes: int = -1  # as in Device
+
+
+class MemoryWanted(Input, frozen=True):
+    """Processes that are not ours have taken more of this device, and next to nothing is left of its memory."""
+
+    device: str
+    attempt: int
     detail: str = ""
 
 
@@ -259,4 +279,6 @@ AnyInput = (
     | Lost
     | CanaryOk
     | Unkillable
+    | DeviceSeen
+    | MemoryWanted
 )

@@ -102,6 +102,7 @@ class YieldWhy(enum.StrEnum):
     CANCEL = "cancel"  # cancelled
     DEADLINE = "deadline"  # expired
     STOPPING = "stopping"  # paused: DaemonStopping
+    ELSEWHERE = "elsewhere"  # back to queued: a process outside needs the memory
 
 
 class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -259,8 +260,12 @@ class Turn(msgspec.Struct, kw_only=True):
 
 class DeviceState(enum.StrEnum):
     OK = "ok"
-    UNHEALTHY = "unhealthy"
-    BUSY_ELSEWHERE = "busy_elsewhere"
+    UNHEALTHY = "unhealthy"  # it fails work: one job at a time tries it, with a canary
+    BUSY_ELSEWHERE = "busy_elsewhere"  # others leave too little memory for some handler; the rest go on
+    DRIVER_MISMATCH = "driver_mismatch"  # no process can begin to use it: only handlers that are loaded go on
+
+
+ELSEWHERE_WHY: Final = "OtherProcesses"  # the reason of BUSY_ELSEWHERE
 
 
 class Device(msgspec.Struct, kw_only=True):
@@ -268,8 +273,11 @@ class Device(msgspec.Struct, kw_only=True):
 
     name: str  # "cuda:0", "cpu"
     state: DeviceState = DeviceState.OK
-    reason: str = ""  # one word: WorkerUnkillable, CanaryFailed, RepeatedFailures
+    reason: str = ""  # one word; PROTOCOL.md, DeviceView, has them all
     reason_detail: str = ""
+    since_ns: int = 0  # when it came into this state; 0: it has always been in it
+    room_bytes: int = -1  # what processes that are not ours leave of its memory; -1: enough for every handler
+    cramped: dict[str, int] = {}  # handler -> room in which it ran out of memory, until that is over
     failed_jobs: tuple[int, ...] = ()  # different jobs whose leases were lost here, in a row
     relapses: int = 0  # times it fell ill without a checkpoint between: the wait for the next try doubles
     retry_at_ns: int = 0  # when an unhealthy device gets its next canary
@@ -294,6 +302,7 @@ class Learned(msgspec.Struct, kw_only=True):
     name: str
     load_ns: int = 0  # moving mean of load times; 0: never loaded
     vram_bytes: int = 0  # largest peak seen
+    load_bytes: int = 0  # what the latest load took: it cannot do with less
     load_spread_ns: int = 0  # moving mean of their distance from the mean
     item_ns: int = 0  # moving mean of device time per item; 0: none measured
     item_spread_ns: int = 0  # moving mean of the distance from it
