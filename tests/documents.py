@@ -192,7 +192,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 
 
 def message(kind: str) -> Callable[[str], tuple[Row, list[Row]]]:
-    """Fields of a request, a reply or a record, by its tag or name."""
+    """Fields of a request, a reply or a record, by its tag or name; `asked` and `answered` are the notifier's."""
 
     def rows(name: str) -> tuple[Row, list[Row]]:
         record = members(kind)[name]
@@ -209,10 +209,16 @@ def members(kind: str) -> dict[str, type]:
             protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings, protocol.DeviceView,
             protocol.HeldView, protocol.OtherView,
             protocol.HandlerView, protocol.TenantView, protocol.Usage, protocol.Switches,
+            protocol.NotificationView, protocol.EndpointView,
         )  # fmt: skip
         return {record.__name__.lower(): record for record in records}
-    union = protocol.AnyRequest if kind == "request" else protocol.AnyReply
-    return {record.__struct_config__.tag: record for record in typing.get_args(union)}
+    unions = {
+        "request": protocol.AnyRequest,
+        "reply": protocol.AnyReply,
+        "asked": protocol.AnyNotifierRequest,
+        "answered": protocol.AnyNotifierReply,
+    }
+    return {record.__struct_config__.tag: record for record in typing.get_args(unions[kind])}
 
 
 def error_codes() -> tuple[Row, list[Row]]:
@@ -237,6 +243,7 @@ def limits() -> tuple[Row, list[Row]]:
 
 LIMITS: Final = (
     "FRAME_BYTES_MAX", "INLINE_BYTES_MAX", "CHUNK_BYTES_MAX", "PAGE_JOBS_MAX", "IN_FLIGHT_MAX",
+    "NOTIFY_TARGETS_MAX", "NOTIFY_TARGET_CHARS_MAX", "ATTEND_WORDS_MAX", "ATTEND_WORD_CHARS_MAX", "PAGE_NOTIFICATIONS_MAX",
     "FIRST_FRAME_S", "FRAME_S", "IDLE_S", "WRITE_S", "PING_S", "OUT_BYTES_MAX", "CHUNK_S",
     "CONNECTIONS_MAX", "CONNECTIONS_RESERVED", "CONNECTIONS_PER_UID_MAX",
 )  # fmt: skip
@@ -512,7 +519,7 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "yields": words(yields),
     "item codes": words(item_codes),
 }
-FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "record")}
+FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "asked", "answered", "record")}
 FILES: Final[dict[str, Callable[[], str]]] = {"packaging/gpujobd.toml": configuration_file}
 DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
 MANUALS: Final = ("man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7")

@@ -45,6 +45,7 @@ WORST_FIRST: Final = (
 EXIT_OF: Final[dict[str, Exit]] = {
     ErrorCode.FORBIDDEN: Exit.FORBIDDEN,
     ErrorCode.NO_SUCH_JOB: Exit.USAGE,
+    ErrorCode.NO_SUCH_NOTIFICATION: Exit.USAGE,
     ErrorCode.BAD_REQUEST: Exit.USAGE,
     ErrorCode.BAD_STATE: Exit.USAGE,
     ErrorCode.TOO_MANY_CONNECTIONS: Exit.UNREACHABLE,

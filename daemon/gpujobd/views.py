@@ -40,9 +40,15 @@ def _at(ns: int) -> dt.datetime:
 
 
 def job(
-    state: State, j: model.Job, waits: tuple[model.Reason, str] | None, names: Names, outlook: Outlook | None
+    state: State,
+    j: model.Job,
+    waits: tuple[model.Reason, str] | None,
+    names: Names,
+    outlook: Outlook | None,
+    *,
+    told: bool = False,
 ) -> protocol.Job:
-    """One job, as its people see it. `waits`: why a queued one does."""
+    """One job, as its people see it. `waits`: why a queued one does; `told`: with whom it tells of its end."""
     reason, detail = waits or (j.reason, j.reason_detail)
     lease = state.devices[j.device].lease if j.state is JobState.RUNNING else None
     yielding = lease.yield_why if lease is not None else None
@@ -73,6 +79,9 @@ def job(
         failures_max=j.failures_max if j.failures_max >= 0 else UNSET,
         gpu_s=round(j.used_ns / S_NS, 3) if j.used_ns else UNSET,
         timings=_timings(j),
+        failure_codes=j.checkpoint.failure_codes or UNSET,
+        notify=list(j.notify) if told and j.notify else UNSET,
+        notify_on=list(j.notify_on) if told and j.notify_on else UNSET,
     )
 
 
@@ -290,12 +299,13 @@ def switches(state: State) -> protocol.Switches:
     )
 
 
-def event(fact: AnyEvent) -> dict[str, object]:
-    """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone."""
+def event(fact: AnyEvent, *, told: bool = False) -> dict[str, object]:
+    """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone.
+
+    `told`: with whom the job tells of its end.
+    """
     seen: dict[str, object] = {}
-    shown = (
-        msgspec.structs.replace(fact, input=b"", input_sha256=b"") if isinstance(fact, Submitted) else fact
-    )
+    shown = _shown(fact, told=told) if isinstance(fact, Submitted) else fact
     for key, value in msgspec.to_builtins(shown).items():
         if key == "at_ns":
             seen["at"] = _at(value)
@@ -306,3 +316,9 @@ def event(fact: AnyEvent) -> dict[str, object]:
         elif key not in WITHHELD:
             seen[key] = value
     return seen
+
+
+def _shown(fact: Submitted, *, told: bool) -> Submitted:
+    if told:
+        return msgspec.structs.replace(fact, input=b"", input_sha256=b"")
+    return msgspec.structs.replace(fact, input=b"", input_sha256=b"", notify=(), notify_on=())

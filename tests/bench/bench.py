@@ -19,6 +19,7 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "demo")]  # the harness, and the de
 
 import door  # noqa: E402
 import house  # noqa: E402
+import looks  # noqa: E402
 import machine  # noqa: E402
 import rows  # noqa: E402
 import work  # noqa: E402
@@ -29,6 +30,7 @@ MEASUREMENTS: dict[str, Callable[[rows.Setting], Iterator[rows.Row]]] = {
     "submissions": door.submissions,
     "show": door.show,
     "first-batch": work.first_batch,
+    "forecast": looks.forecast,
     "ping": house.ping,
     "start-up": house.start_up,
     "queued": house.queued,

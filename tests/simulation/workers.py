@@ -123,7 +123,7 @@ def simulated_process(world: Surroundings) -> type[WorkerProcess]:
                 raise FileNotFoundError(2, "No such file or directory", python)
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             reader, writer = os.pipe()
-            machine = Machine(world, how["device"], its, writer)
+            machine = Machine(world, how["device"], its, writer, ours)
             world.machines.append(machine)
             world.nursery.start_soon(machine.run)
             process: Any = Process(machine, reader)
@@ -166,7 +166,10 @@ def _gpu(world: Surroundings, index: int) -> Gpu:
 class Machine:
     """One worker process."""
 
-    def __init__(self, world: Surroundings, device: str, end: socket.socket, output: int) -> None:
+    def __init__(
+        self, world: Surroundings, device: str, end: socket.socket, output: int, lifeline: socket.socket
+    ) -> None:
+        """`lifeline`: the daemon's end, which closes with the daemon, however that ends."""
         world.hired += 1
         self.pid = PIDS_FROM + world.hired
         self.device = device
@@ -178,7 +181,7 @@ class Machine:
         self.loaded_bytes = 0
         self._world, self._luck = world, world.luck
         self._end = trio.socket.from_stdlib_socket(end)
-        self._output = output
+        self._output, self._lifeline = output, lifeline
         self._scope = trio.CancelScope()
         self._orders, self._inbox = trio.open_memory_channel[dict[str, Any]](100)
         self._yield_of = 0
@@ -223,6 +226,11 @@ class Machine:
             self.status = status
             self.computing = False
             self._scope.cancel()
+
+    def bury_daemon(self) -> None:
+        """The daemon's process is gone, and with it what it had open."""
+        self._lifeline.close()
+        self.let_go()
 
     def let_go(self) -> None:
         """Its descriptors close, the lock with them."""

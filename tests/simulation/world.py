@@ -238,7 +238,7 @@ class World:
         self.spool_disk.end_life()
         self.journal_disk.off = False
         for machine in self.machines:
-            machine.let_go()
+            machine.bury_daemon()
         self.machines.clear()
         if self._ending == "power cut":
             self.journal_disk.cut_power()

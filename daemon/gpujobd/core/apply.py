@@ -12,17 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from gpujobd.core import book, events
 from gpujobd.core.model import (
     ELSEWHERE_WHY,
     NO_DEATHS,
     NO_PARAMS,
+    TELLING_NS,
     Device,
     DeviceState,
     Job,
     JobState,
     Learned,
     Lease,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -49,12 +53,13 @@ def apply(state: State, event: events.AnyEvent, seq: int) -> None:
 # --- the daemon -------------------------------------------------------------------------------------------------
 
 
-def _daemon_started(state: State, _: events.DaemonStarted) -> None:
+def _daemon_started(state: State, event: events.DaemonStarted) -> None:
     state.stopping = False
     for reservation_id in list(state.reservations):
         _release(state, reservation_id)
     for device in state.devices.values():
         device.loaded = ()
+    _leave(state, event.at_ns)
 
 
 def _daemon_stopping(state: State, _: events.DaemonStopping) -> None:
@@ -81,6 +86,25 @@ def _disk_filled(state: State, event: events.DiskFilled) -> None:
 def _disk_freed(state: State, _: events.DiskFreed) -> None:
     state.disk_full = False
     state.disk_detail = ""
+
+
+def _notifier_attached(state: State, event: events.NotifierAttached) -> None:
+    state.notifier = Notifier(
+        names=event.names,
+        admin_names=event.admin_names,
+        url_hosts=event.url_hosts,
+        mail_domains=event.mail_domains,
+    )
+
+
+def _notifier_left(state: State, event: events.NotifierLeft) -> None:
+    _leave(state, event.at_ns)
+
+
+def _leave(state: State, at_ns: int) -> None:
+    """The connection of the notifier that was here is gone."""
+    if state.notifier is not None and not state.notifier.left_ns:
+        state.notifier = replace(state.notifier, left_ns=at_ns)
 
 
 # --- submissions --------------------------------------------------------------------------------------------------
@@ -149,6 +173,8 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         retry_of=event.retry_of,
         inline_seq=inline_seq,
         reservation_id=event.reservation_id,
+        notify=event.notify,
+        notify_on=event.notify_on,
         priority=event.priority,
         level=event.priority,
         line_key=event.job_id,
@@ -359,6 +385,7 @@ def _yielded(state: State, event: events.Yielded) -> None:
 def _completed(state: State, event: events.Completed) -> None:
     job = _progress(state, event)
     assert job.left == 0, event
+    _price_job(state, job)
     _end_lease(state, job, event.at_ns, S.COMPLETED)
 
 
@@ -374,7 +401,7 @@ def _progress(state: State, event: events.Progress) -> Job:
     job.checkpoint = new
     more = new.results_bytes + new.errors_bytes - old.results_bytes - old.errors_bytes
     book.count(state.book, job.owner, job.tenant, items=-tried, stored=more)
-    _price(state, lease, event.used_ns, tried)
+    job.worked_ns += _price(state, lease, event.used_ns, tried)
     if event.vram_bytes:
         learned = state.learned[job.handler]
         learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
@@ -385,17 +412,28 @@ def _progress(state: State, event: events.Progress) -> Job:
     return job
 
 
-def _price(state: State, lease: Lease, used_ns: int, tried: int) -> None:
-    """Learn what an item of this handler costs, loading apart."""
+def _price(state: State, lease: Lease, used_ns: int, tried: int) -> int:
+    """Learn what an item of this handler costs, loading apart; the time that was not loading."""
     loading = min(lease.loading_ns, used_ns)
     lease.loading_ns -= loading
-    lease.unpriced_ns += used_ns - loading
+    worked_ns = used_ns - loading
+    lease.unpriced_ns += worked_ns
     if not tried or not lease.unpriced_ns:
-        return
+        return worked_ns
     learned = state.learned[lease.handler]
     sample = max(1, lease.unpriced_ns // tried)
     lease.unpriced_ns = 0
     learned.item_ns, learned.item_spread_ns = _learn(learned.item_ns, learned.item_spread_ns, sample)
+    return worked_ns
+
+
+def _price_job(state: State, job: Job) -> None:
+    """Learn what an item costs from one job to the next: what differs between jobs, checkpoints of one do not show."""
+    if job.worked_ns < TELLING_NS:
+        return
+    learned = state.learned[job.handler]
+    sample = max(1, job.worked_ns // job.items)
+    learned.job_item_ns, learned.job_spread_ns = _learn(learned.job_item_ns, learned.job_spread_ns, sample)
 
 
 def _got_on(job: Job) -> None:
@@ -545,6 +583,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.QueueSwitched: _queue_switched,
     events.DiskFilled: _disk_filled,
     events.DiskFreed: _disk_freed,
+    events.NotifierAttached: _notifier_attached,
+    events.NotifierLeft: _notifier_left,
     events.Reserved: _reserved,
     events.ReservationReleased: _reservation_released,
     events.Submitted: _submitted,

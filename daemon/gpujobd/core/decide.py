@@ -6,16 +6,18 @@ Rule 3: the same answer whatever the hour but `now_ns`: no clock, no luck.
 Rule 4: no events: nothing to do, or nothing to add (a repeated submission, a stale report, a wish already granted).
 
     admission.py  the door: submissions      leases.py  reports of workers
-    house.py      start, stop, time, order   sightings.py  looks at devices from outside
-                                             here          what people want of jobs that are in
+    telling.py    the notifier: is it here, whom may it be asked to tell
+    sightings.py  looks at devices from outside
+    house.py      start, stop, time, order   here       what people want of jobs that are in
 """
 
 from __future__ import annotations
 
-from gpujobd.core import admission, events, house, leases, rights, sightings
-from gpujobd.core.admission import MESSAGE_CHARS_MAX, Refused, find_submitted
+from gpujobd.core import admission, events, house, leases, rights, sightings, telling
+from gpujobd.core.admission import MESSAGE_CHARS_MAX, find_submitted
 from gpujobd.core.inputs import (
     AnyInput,
+    Attend,
     CanaryOk,
     Cancel,
     CheckpointReached,
@@ -23,6 +25,7 @@ from gpujobd.core.inputs import (
     DiskSpace,
     Finished,
     GaveBack,
+    Leave,
     Loaded,
     LoadFailed,
     Lost,
@@ -46,6 +49,7 @@ from gpujobd.core.inputs import (
     Who,
 )
 from gpujobd.core.model import FINAL, Device, Job, JobState, Reason, Rules, State, YieldWhy
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 __all__ = ["Refused", "decide", "find_submitted"]
@@ -85,6 +89,10 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return _remove(state, given, now_ns)
         case SwitchQueue():
             return _switch_queue(state, given, now_ns)
+        case Attend():
+            return telling.attend(state, given, now_ns)
+        case Leave():
+            return telling.leave(state, now_ns)
         case Start():
             return house.start(state, rules, given, now_ns)
         case Stop():

@@ -63,6 +63,20 @@ class DiskFreed(Event, frozen=True, tag="disk_freed"):
     pass
 
 
+class NotifierAttached(Event, frozen=True, tag="notifier_attached"):
+    """A notifier is here, and reaches this much; in the place of what was known of it before."""
+
+    by: int
+    names: tuple[str, ...] = ()
+    admin_names: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    mail_domains: tuple[str, ...] = ()
+
+
+class NotifierLeft(Event, frozen=True, tag="notifier_left"):
+    """Its connection ended: what it said holds for a while yet, it may be starting anew."""
+
+
 # --- submissions --------------------------------------------------------------------------------------------
 
 
@@ -100,6 +114,8 @@ class Submitted(Event, frozen=True, tag="submitted"):
     message: str = ""  # of a retry
     reservation_id: int = 0  # ends with this event; 0: none was needed
     forecast_ns: int = 0
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ()
     input: bytes = b""  # rides here when it is small; apply() keeps the sequence number, never the bytes
 
 
@@ -317,6 +333,8 @@ AnyEvent = (
     | QueueSwitched
     | DiskFilled
     | DiskFreed
+    | NotifierAttached
+    | NotifierLeft
     | Reserved
     | ReservationReleased
     | Submitted

@@ -50,6 +50,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     failures_max: int = -1
     retry_of: int = 0
     message: str = ""  # why it is tried again
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ()
 
 
 class Reserve(Input, frozen=True):
@@ -126,6 +128,20 @@ class SwitchQueue(Input, frozen=True):
     who: Who
     verb: QueueVerb
     message: str = ""
+
+
+class Attend(Input, frozen=True):
+    """A notifier is here."""
+
+    who: Who
+    names: tuple[str, ...] = ()
+    admin_names: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    mail_domains: tuple[str, ...] = ()
+
+
+class Leave(Input, frozen=True):
+    """The notifier's connection ended, and no other notifier is here."""
 
 
 # --- the daemon -------------------------------------------------------------------------------------------------
@@ -264,6 +280,8 @@ AnyInput = (
     | MoveFirst
     | Remove
     | SwitchQueue
+    | Attend
+    | Leave
     | Start
     | Stop
     | Spooled

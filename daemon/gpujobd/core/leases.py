@@ -33,6 +33,8 @@ from gpujobd.core.inputs import (
     Work,
 )
 from gpujobd.core.model import (
+    CODE_CHARS_MAX,
+    CODES_MAX,
     DEFERRED_MAX,
     S_NS,
     Checkpoint,
@@ -214,6 +216,19 @@ def _possible(job: Job, new: Checkpoint) -> bool:
         and new.results_bytes >= old.results_bytes
         and new.errors_bytes >= old.errors_bytes
         and tried + len(new.deferred) == new.upto
+        and _counted(new, old)
+    )
+
+
+def _counted(new: Checkpoint, old: Checkpoint) -> bool:
+    """Whether the codes can be those of the failures. Of what failed under an older version, none is known."""
+    codes = new.failure_codes
+    return (
+        len(codes) <= CODES_MAX + 1
+        and all(code.isascii() and code.isidentifier() and len(code) <= CODE_CHARS_MAX for code in codes)
+        and all(count > 0 for count in codes.values())
+        and all(codes.get(code, 0) >= count for code, count in old.failure_codes.items())
+        and sum(codes.values()) <= new.failed
     )
 
 

@@ -106,6 +106,8 @@ class Mender:
                 | events.QueueSwitched()
                 | events.DiskFilled()
                 | events.DiskFreed()
+                | events.NotifierAttached()
+                | events.NotifierLeft()
             ):
                 pass
             case _:

@@ -27,7 +27,12 @@ import msgspec
 
 S_NS: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * S_NS
+CODES_MAX: Final = 10
+CODE_CHARS_MAX: Final = 64
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
+TELLING_NS: Final = (
+    S_NS  # device time after which a job tells what its items cost: before, starting is most of it
+)
 
 
 class JobState(enum.StrEnum):
@@ -126,6 +131,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     errors_crc: int = 0
     done: int = 0  # result records
     failed: int = 0  # error records
+    failure_codes: dict[str, int] = {}  # of the error records, by code; at most CODES_MAX codes and `other`
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -152,6 +158,16 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     first: int
     last: int
+
+
+class Notifier(msgspec.Struct, frozen=True, kw_only=True):
+    """What a notifier said that it can reach, and since when it is gone."""
+
+    names: tuple[str, ...] = ()  # endpoints that users may name
+    admin_names: tuple[str, ...] = ()  # endpoints that only administrators may name
+    url_hosts: tuple[str, ...] = ()  # patterns: a host, `*.DOMAIN`, `*`
+    mail_domains: tuple[str, ...] = ()  # the same
+    left_ns: int = 0  # 0: it is here
 
 
 ParamValue = str | int | float | bool
@@ -185,6 +201,8 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     retry_of: int = 0  # 0: not a retry
     inline_seq: int = 0  # journal record that holds the input; 0: the spool does
     reservation_id: int = 0  # Submitted.reservation_id: its input came in as the spool's incoming/<this>
+    notify: tuple[str, ...] = ()  # whom the notifier tells; the daemon itself tells nobody
+    notify_on: tuple[str, ...] = ()  # when
 
     # Persistent: where it is now.
     state: JobState = JobState.QUEUED
@@ -206,6 +224,7 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     canary_due: tuple[int, ...] = ()  # lines to be failed with `worker_lost` once a canary has passed
     condemned: tuple[int, ...] = ()  # the canary passed: the worker fails these lines and never tries them
     used_ns: int = 0  # device time charged to it so far
+    worked_ns: int = 0  # what of that went into items, not into loading
     timings: Timings = Timings()
     device: str = ""  # of the latest lease
     queued_ns: int = 0  # since when it waits, moved back by earlier waits: aging adds up
@@ -306,6 +325,8 @@ class Learned(msgspec.Struct, kw_only=True):
     load_spread_ns: int = 0  # moving mean of their distance from the mean
     item_ns: int = 0  # moving mean of device time per item; 0: none measured
     item_spread_ns: int = 0  # moving mean of the distance from it
+    job_item_ns: int = 0  # the same, a sample for each completed job: what to expect of the next one
+    job_spread_ns: int = 0
     load_failures: int = 0  # in a row, over all its jobs
     retry_at_ns: int = 0
     failure: str = ""  # the latest load error
@@ -479,6 +500,7 @@ class State(msgspec.Struct, kw_only=True):
     disk_detail: str = ""
     stopping: bool = False  # the daemon is on its way down: start nothing
     store_id: str = ""
+    notifier: Notifier | None = None  # the latest that was here; None: none ever was
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
 
     # Bookkeeping.

@@ -204,7 +204,11 @@ def free_devices(state: State, now_ns: int) -> list[Device]:
 
 
 def slice_ns(state: State, rules: Rules) -> int:
-    tenants = max(1, len(state.book.present))
+    return slice_of(max(1, len(state.book.present)), rules)
+
+
+def slice_of(tenants: int, rules: Rules) -> int:
+    """Of so many that compete."""
     return min(rules.slice_ns, max(SLICE_MIN_NS, ROUND_NS // tenants))
 
 

@@ -24,6 +24,7 @@ from gpujobd.core.model import (
     Device,
     Job,
     Learned,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -60,6 +61,7 @@ class House(Piece, frozen=True, tag="house"):
     stopping: bool
     store_id: str
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    notifier: Notifier | None = None
 
 
 class Tenants(Piece, frozen=True, tag="tenants"):
@@ -116,6 +118,7 @@ def _house(state: State) -> House:
         stopping=state.stopping,
         store_id=state.store_id,
         arrivals=state.arrivals,
+        notifier=state.notifier,
     )
 
 
@@ -193,6 +196,7 @@ def _state(house: House) -> State:
         stopping=house.stopping,
         store_id=house.store_id,
         arrivals=house.arrivals,
+        notifier=house.notifier,
     )
 
 
