@@ -206,7 +206,7 @@ def members(kind: str) -> dict[str, type]:
 
     if kind == "record":
         records = (
-            protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings, protocol.DeviceView,
+            protocol.Job, protocol.Items, protocol.Forecast, protocol.Foretold, protocol.Accuracy, protocol.JobTimings, protocol.DeviceView,
             protocol.HandlerView, protocol.TenantView, protocol.Usage, protocol.Switches,
         )  # fmt: skip
         return {record.__name__.lower(): record for record in records}

@@ -20,6 +20,7 @@ from gpujobd.core.inputs import (
     CheckpointReached,
     DiskSpace,
     Finished,
+    Foretell,
     GaveBack,
     Loaded,
     LoadFailed,
@@ -88,6 +89,8 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return house.stop(state, now_ns)
         case Spooled():
             return house.spooled(state, given, now_ns)
+        case Foretell():
+            return house.foretell(state, given, now_ns)
         case DiskSpace():
             return house.disk_space(state, given, now_ns)
         case Retain():

@@ -18,8 +18,10 @@ import msgspec
 
 from gpujobd.core.book import rebuild
 from gpujobd.core.model import (
+    NO_ACCURACY,
     NO_DEATHS,
     NO_PARAMS,
+    Accuracy,
     Arrivals,
     Device,
     Job,
@@ -60,6 +62,7 @@ class House(Piece, frozen=True, tag="house"):
     stopping: bool
     store_id: str
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    accuracy: Accuracy = NO_ACCURACY
 
 
 class Tenants(Piece, frozen=True, tag="tenants"):
@@ -116,6 +119,7 @@ def _house(state: State) -> House:
         stopping=state.stopping,
         store_id=state.store_id,
         arrivals=state.arrivals,
+        accuracy=state.accuracy,
     )
 
 
@@ -193,6 +197,7 @@ def _state(house: House) -> State:
         stopping=house.stopping,
         store_id=house.store_id,
         arrivals=house.arrivals,
+        accuracy=house.accuracy,
     )
 
 
