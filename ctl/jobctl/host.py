@@ -175,7 +175,7 @@ class Screen:
     def show(self, page: str) -> None:
         from jobctl.table import screen_height, screen_width, shorten  # noqa: PLC0415
 
-        lines = [shorten(line, screen_width()) for line in page.splitlines()[: screen_height() - 1]]
+        lines = [shorten(line, screen_width()) for line in page.splitlines()[: max(1, screen_height() - 1)]]
         up = f"\x1b[{self._lines}A" if self._lines else ""
         sys.stdout.write(up + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
         sys.stdout.flush()

@@ -120,7 +120,7 @@ def screen_width() -> int:
 def screen_height() -> int:
     """Lines of the terminal that stdout is."""
     try:
-        return max(2, os.get_terminal_size(sys.stdout.fileno()).lines)
+        return os.get_terminal_size(sys.stdout.fileno()).lines or HEIGHT_PLAIN
     except OSError:
         return HEIGHT_PLAIN
 
