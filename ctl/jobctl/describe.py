@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from jobctl.exits import Exit
 from jobctl.table import Column, clean, counted, size, table
-from jobctl.times import relative, spoken, told
+from jobctl.times import local, relative, spoken, told
 
 FINAL: Final = frozenset({"completed", "failed", "cancelled", "expired"})
 OPEN: Final = ("running", "queued", "paused")
@@ -105,6 +105,7 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
     yield "failures max", "" if job.failures_max is UNSET else counted(job.failures_max)
     yield "position", "" if job.position is UNSET else counted(job.position)
     yield from _moments(job, at)
+    yield "first forecast", _foretold(job, at)
     yield "device", given(job.device)
     yield "attempt", _attempt(job)
     yield "retry of", "" if job.retry_of is UNSET else str(job.retry_of)
@@ -126,6 +127,23 @@ def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
         ("at the latest", forecast.finish_by_90),
     ):
         yield key, "" if moment is UNSET else told(moment, at)
+
+
+def _foretold(job: p.Job, at: dt.datetime) -> str:
+    """`done 17:05:12, at the latest 17:06:02; it took 8 % longer`."""
+    if job.foretold is UNSET:
+        return ""
+    told_then = job.foretold
+    text = f"done {local(told_then.finish_at, at)}, at the latest {local(told_then.finish_by_90, at)}"
+    return text if told_then.error is UNSET else f"{text}; it took {longer(told_then.error)}"
+
+
+def longer(error: float) -> str:
+    """`8 % longer`, `3 % less`, `as long`: than was forecast."""
+    percent = round(abs(error) * 100)
+    if not percent:
+        return "as long"
+    return f"{counted(percent)} % {'longer' if error > 0 else 'less'}"
 
 
 def progress(job: p.Job) -> str:

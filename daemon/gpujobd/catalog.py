@@ -111,6 +111,7 @@ FIELDS: Final[dict[str, str]] = {
     "items": "ITEMS",
     "failed": "FAILURES",
     "items_per_s": "ITEMS_PER_S",
+    "forecast_error": "FORECAST_ERROR",
     "jobs": "JOBS",
     "version": "VERSION",
     "replay_s": "REPLAY_S",

@@ -301,7 +301,9 @@ class Handlers(Request, frozen=True, tag="handlers"):
 
 
 class Tenants(Request, frozen=True, tag="tenants"):
-    pass
+    """With `follow`, a TenantList now and after changes, at most one a second, for ever."""
+
+    follow: bool = False
 
 
 class Devices(Request, frozen=True, tag="devices"):
@@ -365,6 +367,26 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_by_90: dt.datetime | UnsetType = UNSET
 
 
+class Foretold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The first forecast after the submission; of a completed job, what came of it."""
+
+    made_at: dt.datetime
+    finish_at: dt.datetime
+    finish_by_90: dt.datetime
+    start_at: dt.datetime | UnsetType = UNSET
+    error: float | UnsetType = UNSET
+    kept_90: bool | UnsetType = UNSET
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of the forecasts of completed jobs: moving means."""
+
+    jobs: int
+    error: float
+    late: float
+    by_90: float
+
+
 class JobTimings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     queued_s: float | UnsetType = UNSET
     load_s: float | UnsetType = UNSET
@@ -391,6 +413,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     yielding: str | UnsetType = UNSET  # why a running job is being asked to give its lease back
     position: int | UnsetType = UNSET  # 1: next to start
     forecast: Forecast | UnsetType = UNSET
+    foretold: Foretold | UnsetType = UNSET
     begin_at: dt.datetime | UnsetType = UNSET
     deadline_at: dt.datetime | UnsetType = UNSET
     started_at: dt.datetime | UnsetType = UNSET
@@ -467,6 +490,11 @@ class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     paused: int
     items_left: int
+    jobs_max: int | UnsetType = UNSET  # queued, running and paused
+    items_max: int | UnsetType = UNSET  # items left
+    bytes_max: int | UnsetType = UNSET
+    bytes: int | UnsetType = UNSET  # inputs and outputs: for those who may submit as this tenant
+    accuracy: Accuracy | UnsetType = UNSET  # of forecasts
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -591,6 +619,7 @@ class HandlerList(Reply, frozen=True, tag="handlers"):
 class TenantList(Reply, frozen=True, tag="tenants"):
     tenants: list[TenantView]
     you: Usage | UnsetType = UNSET
+    accuracy: Accuracy | UnsetType = UNSET  # of the forecasts for all tenants
 
 
 class DeviceList(Reply, frozen=True, tag="devices"):

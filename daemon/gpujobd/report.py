@@ -29,6 +29,7 @@ from gpujobd.core.events import (
     DriverMismatched,
     Expired,
     Failed,
+    Foretold,
     HandlerLoaded,
     HandlerLoadFailed,
     InputsSpooled,
@@ -61,6 +62,7 @@ FREQUENT: Final = frozenset(
         ReservationReleased,
         InputsSpooled,
         Woken,
+        Foretold,
         SubmitIdsForgotten,
         WorkerGone,
     }
@@ -234,6 +236,7 @@ def _stages(job: Job) -> dict[str, object]:
         "items": job.items,
         "failed": job.checkpoint.failed,
         "items_per_s": round(tried / used_s, 1) if used_s > 0 else None,
+        "forecast_error": None if job.forecast_error is None else round(job.forecast_error, 3),
     }
 
 

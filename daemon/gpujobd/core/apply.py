@@ -181,7 +181,6 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         asleep=event.begin_ns > event.at_ns,
         deaths=NO_DEATHS,
         queued_ns=event.at_ns,
-        forecast_ns=event.forecast_ns,
     )
 
 
@@ -198,8 +197,16 @@ def _woken(state: State, event: events.Woken) -> None:
         book.wake(state, job, event.at_ns)
 
 
+def _foretold(state: State, event: events.Foretold) -> None:
+    for expected in event.jobs:
+        job = state.jobs[expected.job_id]
+        job.expected = expected
+        job.changed_seq = state.seq
+
+
 def _priority_changed(state: State, event: events.PriorityChanged) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     lease = _lease_of(state, job)
     book.reorder(state, job, event.priority, job.line_key)
     if lease is not None:
@@ -208,6 +215,7 @@ def _priority_changed(state: State, event: events.PriorityChanged) -> None:
 
 def _moved_first(state: State, event: events.MovedFirst) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.reorder(state, job, job.priority, _next_head_key(state))
 
 
@@ -218,6 +226,7 @@ def _next_head_key(state: State) -> int:
 
 def _paused(state: State, event: events.Paused) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.move(state, job, S.PAUSED, event.at_ns)
     job.reason = event.reason
     job.reason_detail = event.detail
@@ -387,6 +396,10 @@ def _completed(state: State, event: events.Completed) -> None:
     assert job.left == 0, event
     _price_job(state, job)
     _end_lease(state, job, event.at_ns, S.COMPLETED)
+    if job.expected is not None:
+        tenant = state.tenants[job.tenant]
+        tenant.accuracy = tenant.accuracy.judged(job.expected, job.finished_ns)
+        state.accuracy = state.accuracy.judged(job.expected, job.finished_ns)
 
 
 def _progress(state: State, event: events.Progress) -> Job:
@@ -590,6 +603,7 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.Submitted: _submitted,
     events.InputsSpooled: _inputs_spooled,
     events.Woken: _woken,
+    events.Foretold: _foretold,
     events.PriorityChanged: _priority_changed,
     events.MovedFirst: _moved_first,
     events.Paused: _paused,

@@ -24,6 +24,7 @@ from gpujobd.core.inputs import (
     DeviceSeen,
     DiskSpace,
     Finished,
+    Foretell,
     GaveBack,
     Leave,
     Loaded,
@@ -99,6 +100,8 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return house.stop(state, now_ns)
         case Spooled():
             return house.spooled(state, given, now_ns)
+        case Foretell():
+            return house.foretell(state, given, now_ns)
         case DiskSpace():
             return house.disk_space(state, given, now_ns)
         case Retain():

@@ -12,6 +12,7 @@ import msgspec
 
 from gpujobd.core.model import (
     Checkpoint,
+    Expected,
     ParamValue,
     Priority,
     Reason,
@@ -113,7 +114,6 @@ class Submitted(Event, frozen=True, tag="submitted"):
     retry_of: int = 0
     message: str = ""  # of a retry
     reservation_id: int = 0  # ends with this event; 0: none was needed
-    forecast_ns: int = 0
     notify: tuple[str, ...] = ()
     notify_on: tuple[str, ...] = ()
     input: bytes = b""  # rides here when it is small; apply() keeps the sequence number, never the bytes
@@ -129,6 +129,12 @@ class Woken(Event, frozen=True, tag="woken"):
     """The begin time or the backoff of these jobs is over: they stand in line."""
 
     job_ids: tuple[int, ...]
+
+
+class Foretold(Event, frozen=True, tag="foretold"):
+    """The first forecast of these jobs since their submission: their ends will be held against it."""
+
+    jobs: tuple[Expected, ...]
 
 
 class PriorityChanged(Event, frozen=True, tag="priority_changed"):
@@ -340,6 +346,7 @@ AnyEvent = (
     | Submitted
     | InputsSpooled
     | Woken
+    | Foretold
     | PriorityChanged
     | MovedFirst
     | Paused

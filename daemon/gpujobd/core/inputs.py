@@ -11,7 +11,7 @@ import enum
 
 import msgspec
 
-from gpujobd.core.model import Checkpoint, ParamValue, Priority, Span, Timings
+from gpujobd.core.model import Checkpoint, Expected, ParamValue, Priority, Span, Timings
 
 
 class Who(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +74,6 @@ class Submit(Input, frozen=True):
     submission: Submission
     reservation_id: int = 0
     inline: bytes = b""
-    forecast_ns: int = 0  # the finish the shell forecasts now, kept to be measured against; 0: none
 
 
 class Cancel(Input, frozen=True):
@@ -161,6 +160,12 @@ class Stop(Input, frozen=True):
 
 class Spooled(Input, frozen=True):
     job_ids: tuple[int, ...]
+
+
+class Foretell(Input, frozen=True):
+    """What a forecast says of jobs that were submitted since the one before."""
+
+    jobs: tuple[Expected, ...]
 
 
 class DiskSpace(Input, frozen=True):
@@ -285,6 +290,7 @@ AnyInput = (
     | Start
     | Stop
     | Spooled
+    | Foretell
     | DiskSpace
     | Retain
     | Tick

@@ -98,6 +98,8 @@ class Mender:
                 return replace(event, job_ids=tuple(i for i in event.job_ids if i in state.book.inline))
             case events.Woken():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if self._sleeps(i)))
+            case events.Foretold():
+                return replace(event, jobs=tuple(e for e in event.jobs if e.job_id in state.jobs))
             case events.SubmitIdsForgotten():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if i in state.removed))
             case (

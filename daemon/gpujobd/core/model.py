@@ -29,6 +29,8 @@ S_NS: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * S_NS
 CODES_MAX: Final = 10
 CODE_CHARS_MAX: Final = 64
+ACCURACY_JOBS: Final = 100
+ERROR_MAX: Final = 10.0
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
 TELLING_NS: Final = (
     S_NS  # device time after which a job tells what its items cost: before, starting is most of it
@@ -153,6 +155,47 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
         )
 
 
+class Expected(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The first forecast of a job's end, made soon after its submission: the end is held against it. Wall-clock."""
+
+    job_id: int
+    made_ns: int
+    start_ns: int
+    finish_ns: int
+    finish_90_ns: int  # nine in ten should be done by then
+
+    def error(self, finished_ns: int) -> float:
+        """How much later it ended, as a part of the time that was forecast; negative: earlier.
+
+        What takes less than a second is held against a second: else the daemon's own pace would be judged.
+        """
+        return (finished_ns - self.finish_ns) / max(S_NS, self.finish_ns - self.made_ns)
+
+
+class Accuracy(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """How the forecasts of completed jobs turned out: means, moving ones once there are ACCURACY_JOBS."""
+
+    jobs: int = 0
+    error: float = 0.0  # distance of the end from the forecast, as a part of the time that was forecast
+    late: float = 0.0  # the same with its sign: who is always late is told too little
+    by_90: float = 0.0  # the part of the jobs that were done by finish_90_ns
+
+    def judged(self, expected: Expected, finished_ns: int) -> Accuracy:
+        """With one more job. A single one counts as ERROR_MAX at most: a weekend's drain must not be all that is seen."""
+        error = max(-ERROR_MAX, min(expected.error(finished_ns), ERROR_MAX))
+        weight = 1 / min(self.jobs + 1, ACCURACY_JOBS)
+        kept = float(finished_ns <= expected.finish_90_ns)
+        return Accuracy(
+            jobs=self.jobs + 1,
+            error=self.error + (abs(error) - self.error) * weight,
+            late=self.late + (error - self.late) * weight,
+            by_90=self.by_90 + (kept - self.by_90) * weight,
+        )
+
+
+NO_ACCURACY: Final = Accuracy()
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Lines first..last, both included: the items one call of the handler got."""
 
@@ -231,12 +274,21 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     waited_ns: int = 0  # waits that are over
     started_ns: int = 0  # of the first lease
     finished_ns: int = 0
-    forecast_ns: int = 0  # the finish that was forecast when it was submitted; 0: none
+    expected: Expected | None = (
+        None  # forgotten when a person moves or holds the job: it was of another course
+    )
     changed_seq: int = 0  # of the last event that named this job; apply() sets it
 
     def enter(self, state: JobState) -> None:
         assert state in NEXT[self.state], (self.job_id, self.state, state)
         self.state = state
+
+    @property
+    def forecast_error(self) -> float | None:
+        """Of a completed job, where its end was foretold."""
+        if self.expected is None or self.state is not JobState.COMPLETED:
+            return None
+        return self.expected.error(self.finished_ns)
 
     @property
     def wake_ns(self) -> int:
@@ -313,6 +365,7 @@ class Tenant(msgspec.Struct, kw_only=True):
     vtimes_ns: tuple[int, int, int] = (0, 0, 0)  # by level: device time over share, no credit for idle time
     used_ns: int = 0  # device time ever charged
     served_ns: int = 0  # when its latest lease ended
+    accuracy: Accuracy = NO_ACCURACY
 
 
 class Learned(msgspec.Struct, kw_only=True):
@@ -451,6 +504,7 @@ class Use(msgspec.Struct, gc=False):
     """What one uid, or one tenant, takes up: what quotas are held against."""
 
     jobs: int = 0  # queued, running, paused, and reserved
+    paused: int = 0  # of these
     items: int = 0  # of those, that still need a try
     bytes: int = 0  # inputs and outputs of every job, and what is reserved
 
@@ -502,6 +556,7 @@ class State(msgspec.Struct, kw_only=True):
     store_id: str = ""
     notifier: Notifier | None = None  # the latest that was here; None: none ever was
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    accuracy: Accuracy = NO_ACCURACY  # of all tenants together
 
     # Bookkeeping.
     book: Book = msgspec.field(default_factory=Book)
