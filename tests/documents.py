@@ -23,6 +23,7 @@ Rule 2: a new row or entry comes without a meaning, and a test refuses those: wh
 
 from __future__ import annotations
 
+import enum
 import re
 import sys
 import textwrap
@@ -398,6 +399,28 @@ def keys_of(section: str) -> Callable[[], Iterator[str]]:
     return lines
 
 
+def notify_keys_of(section: str) -> Callable[[], Iterator[str]]:
+    """The list of the keys of one section of notify.toml; `endpoint`: of those that every kind of endpoint has."""
+
+    def lines() -> Iterator[str]:
+        from gpujobd_notify import config
+
+        kinds = {
+            "webhook": config.WebhookEndpoint,
+            "mails": config.MailEndpoint,
+            "hook": config.HookEndpoint,
+        }
+        of_all = {field.name for field in msgspec.structs.fields(config.Endpoint)}
+        if section == "endpoint":
+            return _key_lines(config.Endpoint, "")
+        if section in kinds:
+            return (line for line in _key_lines(kinds[section], "") if _word_of(line) not in of_all)
+        every = _key_lines(config.File, "")
+        return (line for line in every if _word_of(line).rpartition(".")[0] == section)
+
+    return lines
+
+
 def handler_list() -> Iterator[str]:
     from gpujobd import config
 
@@ -435,6 +458,8 @@ def toml_type(kind: Any) -> str:
         return "array" if " or " in inner_words else f"array of {inner_words}s"
     if typing.get_origin(kind) is dict:
         return "table"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(f"\\(dq{one.value}\\(dq" for one in kind)
     names = {int: "integer", str: "string", bool: "boolean", float: "number"}
     return names[kind] if kind in names else toml_type(kind.__value__)
 
@@ -510,6 +535,20 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "keys worker": keys_of("worker"),
     "keys access": keys_of("access"),
     "keys tenants": keys_of("tenants"),
+    **{
+        f"notify keys {section}": notify_keys_of(section)
+        for section in (
+            "access",
+            "targets",
+            "webhooks",
+            "mail",
+            "limits",
+            "endpoint",
+            "webhook",
+            "mails",
+            "hook",
+        )
+    },
     "handler keys": handler_list,
     "exit codes": exit_list,
     "daemon exit codes": daemon_exit_list,
@@ -522,7 +561,10 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
 FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "asked", "answered", "record")}
 FILES: Final[dict[str, Callable[[], str]]] = {"packaging/gpujobd.toml": configuration_file}
 DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
-MANUALS: Final = ("man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7")
+MANUALS: Final = (
+    "man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7", "man/gpujobd-notify.8",
+    "man/gpujobd-notify.toml.5",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -767,7 +767,7 @@ def frame(message: AnyRequest | AnyReply | AnyNotifierRequest | AnyNotifierReply
     return HEAD.pack(len(body)) + body
 
 
-def size(record: Job | TenantView) -> int:
+def size(record: Job | TenantView | NotificationView) -> int:
     """Bytes that it takes in a frame."""
     return len(_encoder.encode(record))
 

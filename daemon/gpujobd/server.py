@@ -23,7 +23,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from gpujobd import __version__, protocol, views
-from gpujobd.access import Directory, Peer, peer, take_no_descriptors
+from gpujobd.access import Directory
 from gpujobd.catalog import kind
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection, Connections
@@ -39,6 +39,7 @@ from gpujobd.guests import CONNECTIONS_MAX as CONNECTIONS_PER_UID_MAX
 from gpujobd.guests import STREAMS_MAX, Guest, Guests
 from gpujobd.journal import JournalDead
 from gpujobd.outlooks import Outlooks
+from gpujobd.peer import Peer, peer, take_no_descriptors
 from gpujobd.protocol import AnyRequest, ErrorCode
 from gpujobd.spool import Spool
 from gpujobd.submissions import Submissions

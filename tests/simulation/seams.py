@@ -40,6 +40,7 @@ from gpujobd.core import policy
 from gpujobd.core.inputs import Who
 from gpujobd.core.model import S_NS
 from gpujobd.notify import Notifier
+from gpujobd.peer import Peer
 from simulation.clock import Clock, Uuids
 from simulation.disk import SpoolDisk
 from simulation.people import caller
@@ -126,7 +127,7 @@ def simulated(
     people: dict[int, Who],
     pulse: Pulse,
 ) -> Iterator[None]:
-    def look_up(config: Config, peer: access.Peer) -> Who:
+    def look_up(config: Config, peer: Peer) -> Who:
         return people[peer.uid]
 
     with pytest.MonkeyPatch.context() as patch:
