@@ -133,7 +133,7 @@ class FarWeb:
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802  # http.server's name
+            def do_POST(self) -> None:  # http.server's name
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 status = web.answer(self.path)
                 web.told.append((self.path, self.headers["webhook-id"], body))
