@@ -207,7 +207,8 @@ def members(kind: str) -> dict[str, type]:
 
     if kind == "record":
         records = (
-            protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings, protocol.DeviceView,
+            protocol.Job, protocol.Items, protocol.Forecast, protocol.Foretold, protocol.Accuracy, protocol.JobTimings,
+            protocol.DeviceView, protocol.HeldView, protocol.OtherView,
             protocol.HandlerView, protocol.TenantView, protocol.Usage, protocol.Switches,
             protocol.NotificationView, protocol.EndpointView,
         )  # fmt: skip

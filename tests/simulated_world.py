@@ -40,6 +40,7 @@ from gpujobd.core.model import (
     Checkpoint,
     Deferred,
     DeviceState,
+    Expected,
     HandlerRule,
     Job,
     JobState,
@@ -170,6 +171,7 @@ class World:
                     inputs.DiskSpace(full=luck.random() < 0.2),
                     inputs.DiskSpace(full=False),
                     inputs.Spooled(job_ids=tuple(luck.choices(range(1, 50), k=3))),
+                    inputs.Foretell(jobs=tuple(self.expected() for _ in range(5))),
                     inputs.Unkillable(device=luck.choice(self.devices)),
                     inputs.Unloaded(device=luck.choice(self.devices), handler=luck.choice(HANDLERS)),
                 )
@@ -177,6 +179,13 @@ class World:
         )
         if luck.random() < 0.3:
             self.base, self.journal = list(snapshot.chunks(self.facts)), []
+
+    def expected(self) -> Expected:
+        job_id, finish_ns = (
+            self.luck.randrange(1, self.number + 2),
+            self.now_ns + self.luck.choice((0, 1, 900)) * S_NS,
+        )
+        return Expected(job_id, self.now_ns, self.now_ns, finish_ns, finish_ns + S_NS)
 
     def start(self) -> None:
         self.give(inputs.Start(boot_id=str(self.number), version="1", devices=self.devices))

@@ -11,9 +11,12 @@ from gpujobd.core import events, inputs
 from gpujobd.core.decide import find_submitted
 from gpujobd.core.leases import backoff_ns, canary_line
 from gpujobd.core.model import (
+    ERROR_MAX,
+    NO_ACCURACY,
     S_NS,
     Checkpoint,
     Deferred,
+    Expected,
     HandlerRule,
     JobState,
     ParamRule,
@@ -767,3 +770,63 @@ def test_aged_job_that_was_moved_before_the_running_one_does_ask_it_back() -> No
     assert it.lease().yield_why is YieldWhy.PRIORITY
     it.give_back()
     assert it.runs() == second
+
+
+# --- forecasts --------------------------------------------------------------------------------------------------------
+
+
+def foretold(it: House, job_id: int, finish_s: float, finish_90_s: float = 200.0) -> list[str]:
+    made_ns = it.now_ns
+    expected = Expected(
+        job_id, made_ns, made_ns, made_ns + round(finish_s * S_NS), made_ns + round(finish_90_s * S_NS)
+    )
+    return [type(event).__name__ for event in it.give(inputs.Foretell(jobs=(expected,)))]
+
+
+def test_the_end_of_a_job_is_held_against_its_first_forecast() -> None:
+    it = house()
+    first, second = it.submit(), it.submit()
+    assert foretold(it, first, 100) == ["Foretold"]
+    assert foretold(it, first, 50) == []  # the first one counts
+    assert foretold(it, 99, 50) == []
+    foretold(it, second, 100)
+    it.loaded()
+    it.now_ns += 150 * S_NS
+    it.finish()
+    assert it.job(first).forecast_error == pytest.approx(0.5)
+    seen = it.state.tenants["alice"].accuracy
+    assert (seen.jobs, seen.error, seen.late, seen.by_90) == (1, 0.5, 0.5, 1.0)
+    it.now_ns += 10_000 * S_NS
+    it.finish()
+    seen = it.state.accuracy
+    assert it.job(second).forecast_error == pytest.approx(100.5)
+    assert (seen.jobs, seen.by_90) == (2, 0.5)
+    assert seen.error == pytest.approx((0.5 + ERROR_MAX) / 2)  # one counts so much at most
+    assert foretold(it, first, 100) == []  # it is over
+
+
+def test_what_a_person_holds_or_moves_is_not_held_against_the_forecast() -> None:
+    it = house()
+    ids = [it.submit() for _ in range(5)]
+    for job_id in ids:
+        foretold(it, job_id, 100)
+    it.give(inputs.Pause(who=ALICE, job_id=ids[1]))
+    it.give(inputs.MoveFirst(who=ALICE, job_id=ids[2]))
+    it.give(inputs.SetPriority(who=ALICE, job_id=ids[3], priority=Priority.LOW))
+    it.give(inputs.Cancel(who=ALICE, job_id=ids[4]))
+    assert [it.job(job_id).expected is None for job_id in ids] == [False, True, True, True, False]
+    assert it.job(ids[4]).forecast_error is None
+    assert it.state.accuracy == NO_ACCURACY
+
+
+def test_the_means_of_many_forecasts_forget_the_old_ones() -> None:
+    accuracy = NO_ACCURACY
+    wrong = Expected(1, 0, 0, 100 * S_NS, 110 * S_NS)
+    for _ in range(200):
+        accuracy = accuracy.judged(wrong, 150 * S_NS)
+    assert (accuracy.error, accuracy.by_90) == (pytest.approx(0.5), 0.0)
+    for _ in range(500):
+        accuracy = accuracy.judged(wrong, 90 * S_NS)
+    assert accuracy.jobs == 700
+    assert (accuracy.error, accuracy.late) == (pytest.approx(0.1, abs=0.01), pytest.approx(-0.1, abs=0.01))
+    assert accuracy.by_90 == pytest.approx(1.0, abs=0.01)

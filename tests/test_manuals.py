@@ -52,7 +52,7 @@ def test_every_mark_is_a_list():
 def test_every_key_of_a_job_in_json_is_told():
     text = PAGES["man/jobctl.1"].partition("\n.Sh JSON\n")[2].partition("\n.Sh ")[0]
     words = set(re.findall(r"\w+", " ".join(re.findall(r"^\.(?:It )?Va (.*)$", text, re.MULTILINE))))
-    for record in (protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings):
+    for record in (protocol.Job, protocol.Items, protocol.Forecast, protocol.Foretold, protocol.JobTimings):
         assert {name for name, _, _ in documents.fields(record, without=())} <= words, record
 
 

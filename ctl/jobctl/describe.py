@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from jobctl.exits import Exit
 from jobctl.table import Column, clean, counted, size, table
-from jobctl.times import relative, spoken, told
+from jobctl.times import local, relative, spoken, told
 
 FINAL: Final = frozenset({"completed", "failed", "cancelled", "expired"})
 OPEN: Final = ("running", "queued", "paused")
@@ -105,6 +105,7 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
     yield "failures max", "" if job.failures_max is UNSET else counted(job.failures_max)
     yield "position", "" if job.position is UNSET else counted(job.position)
     yield from _moments(job, at)
+    yield "first forecast", _foretold(job, at)
     yield "device", given(job.device)
     yield "attempt", _attempt(job)
     yield "retry of", "" if job.retry_of is UNSET else str(job.retry_of)
@@ -126,6 +127,23 @@ def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
         ("at the latest", forecast.finish_by_90),
     ):
         yield key, "" if moment is UNSET else told(moment, at)
+
+
+def _foretold(job: p.Job, at: dt.datetime) -> str:
+    """`done 17:05:12, at the latest 17:06:02; it took 8 % longer`."""
+    if job.foretold is UNSET:
+        return ""
+    told_then = job.foretold
+    text = f"done {local(told_then.finish_at, at)}, at the latest {local(told_then.finish_by_90, at)}"
+    return text if told_then.error is UNSET else f"{text}; it took {longer(told_then.error)}"
+
+
+def longer(error: float) -> str:
+    """`8 % longer`, `3 % less`, `as long`: than was forecast."""
+    percent = round(abs(error) * 100)
+    if not percent:
+        return "as long"
+    return f"{counted(percent)} % {'longer' if error > 0 else 'less'}"
 
 
 def progress(job: p.Job) -> str:
@@ -249,6 +267,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
         Column("TENANT", shrink=True),
         Column("LOADED", shrink=True),
         Column("MEMORY", right=True),
+        Column("BUSY", right=True),
+        Column("TEMP", right=True),
         Column("HARDWARE", shrink=True),
         Column("REASON", shrink=True),
     )
@@ -257,7 +277,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
 
 def _device_row(device: p.DeviceView) -> tuple[str, ...]:
     why = ": ".join(part for part in (given(device.reason), given(device.reason_detail)) if part)
-    memory = size(device.memory_bytes) if device.memory_bytes is not UNSET else ""
+    used = device.memory_used_bytes if device.memory_used_bytes is not UNSET else device.memory_bytes
+    memory = size(used) if used is not UNSET else ""
     if memory and device.memory_total_bytes is not UNSET:
         memory += f" of {size(device.memory_total_bytes)}"
     return (
@@ -267,6 +288,8 @@ def _device_row(device: p.DeviceView) -> tuple[str, ...]:
         given(device.tenant),
         " ".join(device.loaded),
         memory,
+        f"{device.utilisation:.0f} %" if device.utilisation is not UNSET else "",
+        f"{device.temperature_c:.0f} °C" if device.temperature_c is not UNSET else "",
         given(device.hardware),
         why,
     )

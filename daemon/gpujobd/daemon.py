@@ -168,6 +168,7 @@ class Daemon:
         self._turns.followers += [
             self._feed.follow,
             self._server.follow,
+            self._outlooks.follow,
             self._janitor.follow,
             lambda facts: report.facts(self._turns.state, facts, self._directory.name),
             self._poke,

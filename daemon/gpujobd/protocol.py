@@ -301,7 +301,9 @@ class Handlers(Request, frozen=True, tag="handlers"):
 
 
 class Tenants(Request, frozen=True, tag="tenants"):
-    pass
+    """With `follow`, a TenantList now and after changes, at most one a second, for ever."""
+
+    follow: bool = False
 
 
 class Devices(Request, frozen=True, tag="devices"):
@@ -365,6 +367,26 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_by_90: dt.datetime | UnsetType = UNSET
 
 
+class Foretold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The first forecast after the submission; of a completed job, what came of it."""
+
+    made_at: dt.datetime
+    finish_at: dt.datetime
+    finish_by_90: dt.datetime
+    start_at: dt.datetime | UnsetType = UNSET
+    error: float | UnsetType = UNSET
+    kept_90: bool | UnsetType = UNSET
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of the forecasts of completed jobs: moving means."""
+
+    jobs: int
+    error: float
+    late: float
+    by_90: float
+
+
 class JobTimings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     queued_s: float | UnsetType = UNSET
     load_s: float | UnsetType = UNSET
@@ -391,6 +413,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     yielding: str | UnsetType = UNSET  # why a running job is being asked to give its lease back
     position: int | UnsetType = UNSET  # 1: next to start
     forecast: Forecast | UnsetType = UNSET
+    foretold: Foretold | UnsetType = UNSET
     begin_at: dt.datetime | UnsetType = UNSET
     deadline_at: dt.datetime | UnsetType = UNSET
     started_at: dt.datetime | UnsetType = UNSET
@@ -407,6 +430,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     notify_on: list[str] | UnsetType = UNSET  # and this
 
 
+class HeldView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    handler: str
+    pid: int
+    bytes: int
+
+
+class OtherView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pid: int
+    bytes: int | UnsetType = UNSET
+    command: str | UnsetType = UNSET  # for administrators
+    user: str | UnsetType = UNSET  # for administrators
+
+
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     state: str
@@ -418,6 +454,20 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int | UnsetType = UNSET
     memory_total_bytes: int | UnsetType = UNSET
     hardware: str | UnsetType = UNSET  # "NVIDIA H200", or the CPU's model name
+    since: dt.datetime | UnsetType = UNSET  # in this state
+    held: list[HeldView] | UnsetType = UNSET
+    others: list[OtherView] | UnsetType = UNSET  # the largest; the rest is in others_bytes
+    others_bytes: int | UnsetType = UNSET
+    memory_used_bytes: int | UnsetType = UNSET  # by everybody
+    utilisation: float | UnsetType = UNSET
+    temperature_c: float | UnsetType = UNSET
+    power_w: float | UnsetType = UNSET
+    power_limit_w: float | UnsetType = UNSET
+    throttled: list[str] | UnsetType = UNSET
+    uuid: str | UnsetType = UNSET
+    driver: str | UnsetType = UNSET
+    seen_at: dt.datetime | UnsetType = UNSET
+    unseen: str | UnsetType = UNSET  # why nothing of it is known from outside
 
 
 class HandlerView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -440,6 +490,11 @@ class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     paused: int
     items_left: int
+    jobs_max: int | UnsetType = UNSET  # queued, running and paused
+    items_max: int | UnsetType = UNSET  # items left
+    bytes_max: int | UnsetType = UNSET
+    bytes: int | UnsetType = UNSET  # inputs and outputs: for those who may submit as this tenant
+    accuracy: Accuracy | UnsetType = UNSET  # of forecasts
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -564,6 +619,7 @@ class HandlerList(Reply, frozen=True, tag="handlers"):
 class TenantList(Reply, frozen=True, tag="tenants"):
     tenants: list[TenantView]
     you: Usage | UnsetType = UNSET
+    accuracy: Accuracy | UnsetType = UNSET  # of the forecasts for all tenants
 
 
 class DeviceList(Reply, frozen=True, tag="devices"):

@@ -56,6 +56,8 @@ JOBS_A_PASS: Final = 16  # shown between two looks at who else wants the loop: a
 PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are their owners' choice
 LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
 SURVEY_KEPT_NS: Final = 100_000_000
+TENANTS_GAP_S: Final = 1.0  # between two lists that are pushed
+ANYTHING: Final = 0  # no job has this number
 LOG_READ_BYTES: Final = 64 << 10
 
 NO_NAMES: Final = protocol.Error(
@@ -94,8 +96,8 @@ class Server:
         self._places = _places()
         self._complained_at = -math.inf
         self._accepting = trio.CancelScope()
-        self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
         self._attending: dict[Connection, protocol.Attend] = {}  # the newest last: it is the one that counts
+        self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log, or ANYTHING
         self._verbs: dict[type, Verb] = {
             protocol.Ping: self._ping,
             protocol.Status: self._status,
@@ -133,6 +135,7 @@ class Server:
 
     def reload(self, config: Config) -> None:
         self._config = config
+        self._wake_watchers(ANYTHING)
 
     async def hush(self) -> None:
         """The daemon is about to end: nothing more is asked, and what was asked is answered; then return."""
@@ -462,7 +465,7 @@ class Server:
             protocol.StatusTable(
                 id=request.id,
                 switches=views.switches(self._state),
-                devices=self._device_views(c.who),
+                devices=self._device_views(c.who, brief=True),
                 running=[self._view(c.who, job) for job in running],
                 waiting=[job for job in shown if job.state == JobState.QUEUED],
                 paused=paused,
@@ -490,37 +493,62 @@ class Server:
         c.finish(protocol.HandlerList(id=request.id, handlers=views.handlers(self._state, self._config)))
 
     def _tenants(self, c: Connection, request: protocol.Tenants) -> None:
-        self._read_task(c, self._tenant_list, request)
+        if request.follow:
+            self._stream_task(c, self._follow_tenants, request)
+        else:
+            self._read_task(c, self._tenant_list, request)
 
     async def _tenant_list(self, c: Connection, request: protocol.Tenants) -> None:
-        """In turn, for it counts all jobs."""
-        found = views.tenants(self._state, self._config)
-        you = views.usage(self._state, self._turns.rules, c.who, time.time_ns())
-        c.finish(protocol.TenantList(id=request.id, tenants=found, you=you))
+        c.finish(self._tenant_reply(c, request.id))
+
+    def _tenant_reply(self, c: Connection, request_id: int) -> protocol.TenantList:
+        return protocol.TenantList(
+            id=request_id,
+            tenants=views.tenants(self._state, self._config, c.who),
+            you=views.usage(self._state, self._turns.rules, c.who, time.time_ns()),
+            accuracy=views.accuracy(self._state.accuracy),
+        )
 
     def _devices(self, c: Connection, request: protocol.Devices) -> None:
+        self._task(c, self._device_list, request)
+
+    async def _device_list(self, c: Connection, request: protocol.Devices) -> None:
+        await self._supervisor.seen_lately()
         c.finish(protocol.DeviceList(id=request.id, devices=self._device_views(c.who)))
 
-    def _device_views(self, who: Who) -> list[protocol.DeviceView]:
+    def _device_views(self, who: Who, *, brief: bool = False) -> list[protocol.DeviceView]:
         def sees(job: model.Job) -> bool:
             return allowed("show", who, job)
 
         state, hardware = self._state, self._supervisor.hardware
         devices = state.devices.values()
-        return [views.device(d, sees, state, hardware(d.name), admin=who.admin) for d in devices]
+        names = self._directory.name if who.admin else None
+        return [views.device(d, sees, state, hardware(d.name), names, brief=brief) for d in devices]
 
     # --- streams ------------------------------------------------------------------------------------------------
 
     def follow(self, facts: list[tuple[int, AnyEvent]]) -> None:
-        """Wake those who wait for a job that changed."""
+        """Wake those who wait for a job that changed, and those who wait for any."""
+        self._wake_watchers(ANYTHING)
         for _, event in facts:
             job_id = getattr(event, "job_id", 0)
             if job_id in self._watchers:
-                for waiter in self._watchers.pop(job_id):
-                    waiter.set()
+                self._wake_watchers(job_id)
+
+    async def _follow_tenants(self, c: Connection, request: protocol.Tenants) -> None:
+        while await self._renew(c):
+            with self._watching(ANYTHING) as changed:
+                c.send(self._tenant_reply(c, request.id))
+                await c.room()
+                await trio.sleep(TENANTS_GAP_S)
+                await _or_alive(c, request.id, changed)
+        c.fail(request.id, NO_NAMES.code, NO_NAMES.message)
 
     def log_grew(self, job_id: int) -> None:
-        for waiter in self._watchers.pop(-job_id, ()):
+        self._wake_watchers(-job_id)
+
+    def _wake_watchers(self, key: int) -> None:
+        for waiter in self._watchers.pop(key, ()):
             waiter.set()
 
     @contextlib.contextmanager

@@ -74,6 +74,9 @@ class Lease(ToWorker, frozen=True, tag="lease"):
     suspects: tuple[Span, ...]
     condemned: tuple[int, ...]
     canary: int  # line to recompute first; 0: none
+    gives_way: bool = (
+        False  # an item that does not fit beside other processes waits for them, instead of failing
+    )
 
 
 class Yield(ToWorker, frozen=True, tag="yield"):
@@ -122,6 +125,7 @@ class Loaded(FromWorker, frozen=True, tag="loaded"):
     vram_bytes: Count = 0
     device_bytes: Count = 0  # all of the device's memory; 0: not known
     hardware: Text = ""
+    uuid: Text = ""  # of the GPU
 
 
 class LoadFailed(FromWorker, frozen=True, tag="load_failed"):
@@ -129,6 +133,7 @@ class LoadFailed(FromWorker, frozen=True, tag="load_failed"):
 
     error: Text
     trace: Annotated[str, Meta(max_length=LINE_BYTES_MAX)] = ""
+    out_of_memory: bool = False
 
 
 class Quoting(FromWorker, frozen=True):
@@ -154,7 +159,7 @@ class Checkpointed(WorkDone, frozen=True, tag="checkpoint"):
 
 
 class Yielded(WorkDone, frozen=True, tag="yielded"):
-    pass
+    others_bytes: Count = 0  # it gave way to others, who held so much of the device; 0: it was asked to yield
 
 
 class Finished(WorkDone, frozen=True, tag="finished"):

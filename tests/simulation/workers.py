@@ -23,7 +23,9 @@ from typing import Any, Final, Protocol
 
 import msgspec
 import trio
+from gpujobd import nvml
 from gpujobd.grant import lock_is_free
+from gpujobd.nvml import Gpu, Look, Nvml
 from gpujobd.worker_process import WorkerProcess
 from gpujobd_worker.failures import Deferral, Failure
 from gpujobd_worker.files import JobFiles, LeaseLost
@@ -42,6 +44,11 @@ MODELS: Final = {
 }  # how much longer it takes to load than the smallest
 
 
+DEVICE_BYTES: Final = 24 << 30
+MODEL_BYTES: Final = 10 << 30
+CONTEXT_BYTES: Final = 500 << 20
+
+
 class Surroundings(Protocol):
     """What a machine needs of its world."""
 
@@ -54,6 +61,8 @@ class Surroundings(Protocol):
     def trouble(self, device: str) -> str: ...
     def device_is_ill(self, device: str) -> bool: ...
     def load_trouble(self, handler: str) -> str: ...
+    def foreign_bytes(self, device: str) -> int: ...
+    def driver_trouble(self) -> str: ...
     def note(self, text: str) -> None: ...
 
 
@@ -123,6 +132,37 @@ def simulated_process(world: Surroundings) -> type[WorkerProcess]:
     return SimulatedProcess
 
 
+def simulated_driver(world: Surroundings) -> type[Nvml]:
+    """Nvml whose looks see the machines of this world, and strangers; or hang, or are refused."""
+
+    class SimulatedDriver(Nvml):
+        async def look(self) -> Look:
+            trouble = world.driver_trouble()
+            await trio.sleep(10 if trouble == "hangs" else world.luck.choice((0.1, 0.1, 2.0)))
+            if trouble:
+                return Look(trouble=trouble, detail="as drawn")
+            gpus = (_gpu(world, index) for index in range(2))
+            return Look(driver="1.0", gpus=tuple(gpus))
+
+    return SimulatedDriver
+
+
+def _gpu(world: Surroundings, index: int) -> Gpu:
+    device = f"cuda:{index}"
+    ours = [m for m in world.machines if m.device == device and m.status is None and m.loaded_bytes]
+    foreign = world.foreign_bytes(device)
+    processes = [nvml.Process(m.pid, m.loaded_bytes) for m in ours]
+    used = min(DEVICE_BYTES, foreign + sum(m.loaded_bytes for m in ours))
+    return Gpu(
+        index=index,
+        uuid=f"GPU-{index}",
+        total_bytes=DEVICE_BYTES,
+        used_bytes=used,
+        free_bytes=DEVICE_BYTES - used,
+        processes=(*processes, *([nvml.Process(99, foreign)] if foreign else [])),
+    )
+
+
 class Machine:
     """One worker process."""
 
@@ -138,6 +178,7 @@ class Machine:
         self.deaf = False
         self.files: JobFiles | None = None
         self.computing = False
+        self.loaded_bytes = 0
         self._world, self._luck = world, world.luck
         self._end = trio.socket.from_stdlib_socket(end)
         self._output, self._lifeline = output, lifeline
@@ -271,8 +312,18 @@ class Machine:
             await self._die(-signal.SIGSEGV)
         elif trouble == "hangs":
             await trio.sleep_forever()
+        if not self._fits():
+            self._send("load_failed", error="OutOfMemoryError: CUDA out of memory", out_of_memory=True)
+            await self._die(1)
+        self.loaded_bytes = MODEL_BYTES + CONTEXT_BYTES
         self._print(b"loaded\n")
-        self._send("loaded", load_s=load_s, vram_bytes=10 << 30, device_bytes=24 << 30, hardware="simulated")
+        sizes = {"vram_bytes": MODEL_BYTES, "device_bytes": DEVICE_BYTES}
+        self._send("loaded", load_s=load_s, hardware="simulated", **sizes)
+
+    def _fits(self) -> bool:
+        here = [m for m in self._world.machines if m.device == self.device and m.status is None]
+        held = sum(machine.loaded_bytes for machine in here) + self._world.foreign_bytes(self.device)
+        return held + MODEL_BYTES + CONTEXT_BYTES <= DEVICE_BYTES
 
     async def _work(self, order: dict[str, Any]) -> None:
         terms = Terms(order)
@@ -456,7 +507,11 @@ class Lease:
         return outcome
 
     def report(self) -> dict[str, Any]:
-        return {"checkpoint": self.writer.checkpoint, "timings": {"compute_s": 1.0}, "vram_bytes": 10 << 30}
+        return {
+            "checkpoint": self.writer.checkpoint,
+            "timings": {"compute_s": 1.0},
+            "vram_bytes": MODEL_BYTES,
+        }
 
 
 def _further(point: dict[str, Any], lines: int) -> dict[str, Any]:

@@ -144,7 +144,6 @@ def submit(state: State, rules: Rules, given: Submit, now_ns: int) -> list[AnyEv
             retry_of=submission.retry_of,
             message=submission.message,
             reservation_id=given.reservation_id if held else 0,
-            forecast_ns=given.forecast_ns,
             notify=submission.notify,
             notify_on=submission.notify_on,
             input=given.inline,

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from gpujobd.core import book, events
 from gpujobd.core.model import (
+    ELSEWHERE_WHY,
     NO_DEATHS,
     NO_PARAMS,
     TELLING_NS,
@@ -180,7 +181,6 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         asleep=event.begin_ns > event.at_ns,
         deaths=NO_DEATHS,
         queued_ns=event.at_ns,
-        forecast_ns=event.forecast_ns,
     )
 
 
@@ -197,8 +197,16 @@ def _woken(state: State, event: events.Woken) -> None:
         book.wake(state, job, event.at_ns)
 
 
+def _foretold(state: State, event: events.Foretold) -> None:
+    for expected in event.jobs:
+        job = state.jobs[expected.job_id]
+        job.expected = expected
+        job.changed_seq = state.seq
+
+
 def _priority_changed(state: State, event: events.PriorityChanged) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     lease = _lease_of(state, job)
     book.reorder(state, job, event.priority, job.line_key)
     if lease is not None:
@@ -207,6 +215,7 @@ def _priority_changed(state: State, event: events.PriorityChanged) -> None:
 
 def _moved_first(state: State, event: events.MovedFirst) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.reorder(state, job, job.priority, _next_head_key(state))
 
 
@@ -217,6 +226,7 @@ def _next_head_key(state: State) -> int:
 
 def _paused(state: State, event: events.Paused) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.move(state, job, S.PAUSED, event.at_ns)
     job.reason = event.reason
     job.reason_detail = event.detail
@@ -316,6 +326,7 @@ def _handler_loaded(state: State, event: events.HandlerLoaded) -> None:
     learned = _learned(state, event.handler)
     learned.load_ns, learned.load_spread_ns = _learn(learned.load_ns, learned.load_spread_ns, event.load_ns)
     learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
+    learned.load_bytes = event.vram_bytes or learned.load_bytes
     learned.load_failures = learned.retry_at_ns = 0
     learned.failure = ""
     lease = device.lease
@@ -373,7 +384,11 @@ def _checkpointed(state: State, event: events.Checkpointed) -> None:
 
 
 def _yielded(state: State, event: events.Yielded) -> None:
-    _end_lease(state, _progress(state, event), event.at_ns)
+    job = _progress(state, event)
+    if event.cramped_bytes >= 0:
+        device = state.devices[job.device]
+        device.cramped = device.cramped | {job.handler: event.cramped_bytes}
+    _end_lease(state, job, event.at_ns)
 
 
 def _completed(state: State, event: events.Completed) -> None:
@@ -381,6 +396,10 @@ def _completed(state: State, event: events.Completed) -> None:
     assert job.left == 0, event
     _price_job(state, job)
     _end_lease(state, job, event.at_ns, S.COMPLETED)
+    if job.expected is not None:
+        tenant = state.tenants[job.tenant]
+        tenant.accuracy = tenant.accuracy.judged(job.expected, job.finished_ns)
+        state.accuracy = state.accuracy.judged(job.expected, job.finished_ns)
 
 
 def _progress(state: State, event: events.Progress) -> Job:
@@ -488,9 +507,7 @@ def _condemn(job: Job, lines: tuple[int, ...]) -> None:
 
 def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.UNHEALTHY
-    device.reason = event.reason
-    device.reason_detail = event.detail
+    _enter(device, DeviceState.UNHEALTHY, event.reason, event.detail, event.at_ns)
     device.retry_at_ns = event.retry_at_ns
     device.failed_jobs = ()
     device.relapses += 1
@@ -498,11 +515,45 @@ def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
 
 def _device_recovered(state: State, event: events.DeviceRecovered) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.OK
-    device.reason = device.reason_detail = ""
+    _enter_well(device, event.at_ns)
     device.retry_at_ns = device.relapses = 0
     if device.lease is not None:
         device.lease.canary = False
+
+
+def _device_crowded(state: State, event: events.DeviceCrowded) -> None:
+    """A device that has another trouble keeps that one's name: it stands in the way of more."""
+    device = state.devices[event.device]
+    device.room_bytes = event.room_bytes
+    if device.state in (DeviceState.OK, DeviceState.BUSY_ELSEWHERE):
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, event.detail, event.at_ns)
+
+
+def _device_cleared(state: State, event: events.DeviceCleared) -> None:
+    device = state.devices[event.device]
+    device.room_bytes = -1
+    device.cramped = {}
+    if device.state is DeviceState.BUSY_ELSEWHERE:
+        _enter_well(device, event.at_ns)
+
+
+def _driver_mismatched(state: State, event: events.DriverMismatched) -> None:
+    device = state.devices[event.device]
+    _enter(device, DeviceState.DRIVER_MISMATCH, "DriverMismatch", event.detail, event.at_ns)
+
+
+def _enter(device: Device, to: DeviceState, reason: str, detail: str, at_ns: int) -> None:
+    if device.state is not to:
+        device.since_ns = at_ns
+    device.state, device.reason, device.reason_detail = to, reason, detail
+
+
+def _enter_well(device: Device, at_ns: int) -> None:
+    """It works; whether others leave room on it is another matter."""
+    if device.room_bytes < 0:
+        _enter(device, DeviceState.OK, "", "", at_ns)
+    else:
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, "", at_ns)
 
 
 def _lease_of(state: State, job: Job) -> Lease | None:
@@ -552,6 +603,7 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.Submitted: _submitted,
     events.InputsSpooled: _inputs_spooled,
     events.Woken: _woken,
+    events.Foretold: _foretold,
     events.PriorityChanged: _priority_changed,
     events.MovedFirst: _moved_first,
     events.Paused: _paused,
@@ -573,5 +625,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.CanaryPassed: _canary_passed,
     events.DeviceFellIll: _device_fell_ill,
     events.DeviceRecovered: _device_recovered,
+    events.DeviceCrowded: _device_crowded,
+    events.DeviceCleared: _device_cleared,
+    events.DriverMismatched: _driver_mismatched,
 }
 assert set(_APPLY) == set(events.AnyEvent.__args__)  # a new event must say what it changes

@@ -7,12 +7,13 @@ Rule 4: no events: nothing to do, or nothing to add (a repeated submission, a st
 
     admission.py  the door: submissions      leases.py  reports of workers
     telling.py    the notifier: is it here, whom may it be asked to tell
+    sightings.py  looks at devices from outside
     house.py      start, stop, time, order   here       what people want of jobs that are in
 """
 
 from __future__ import annotations
 
-from gpujobd.core import admission, events, house, leases, rights, telling
+from gpujobd.core import admission, events, house, leases, rights, sightings, telling
 from gpujobd.core.admission import MESSAGE_CHARS_MAX, find_submitted
 from gpujobd.core.inputs import (
     AnyInput,
@@ -20,13 +21,16 @@ from gpujobd.core.inputs import (
     CanaryOk,
     Cancel,
     CheckpointReached,
+    DeviceSeen,
     DiskSpace,
     Finished,
+    Foretell,
     GaveBack,
     Leave,
     Loaded,
     LoadFailed,
     Lost,
+    MemoryWanted,
     MoveFirst,
     Pause,
     Release,
@@ -96,6 +100,8 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return house.stop(state, now_ns)
         case Spooled():
             return house.spooled(state, given, now_ns)
+        case Foretell():
+            return house.foretell(state, given, now_ns)
         case DiskSpace():
             return house.disk_space(state, given, now_ns)
         case Retain():
@@ -116,6 +122,10 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return leases.canary_ok(state, given, now_ns)
         case Unkillable():
             return leases.unkillable(state, given, now_ns)
+        case DeviceSeen():
+            return sightings.device_seen(state, rules, given, now_ns)
+        case MemoryWanted():
+            return sightings.memory_wanted(state, given, now_ns)
 
 
 # --- what people want of jobs that are in --------------------------------------------------------------------------

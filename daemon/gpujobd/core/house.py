@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from gpujobd.core import book, events, policy
-from gpujobd.core.inputs import DiskSpace, QueueVerb, Spooled, Start, SwitchQueue
+from gpujobd.core.inputs import DiskSpace, Foretell, QueueVerb, Spooled, Start, SwitchQueue
 from gpujobd.core.leases import REST_MAX_NS, canary_line, daemon_died
 from gpujobd.core.model import (
     S_NS,
@@ -37,6 +37,7 @@ STRENGTH: Final[dict[YieldWhy | None, int]] = {
     None: 0,
     YieldWhy.TURN_OVER: 1,
     YieldWhy.PRIORITY: 1,
+    YieldWhy.ELSEWHERE: 1,
     YieldWhy.STOPPING: 2,
     YieldWhy.DEADLINE: 3,
     YieldWhy.PAUSE: 4,
@@ -138,6 +139,16 @@ def spooled(state: State, given: Spooled, now_ns: int) -> Events:
     return [events.InputsSpooled(at_ns=now_ns, job_ids=job_ids)] if job_ids else []
 
 
+def foretell(state: State, given: Foretell, now_ns: int) -> Events:
+    """The first forecast counts, and none that comes after the end."""
+    jobs, told = state.jobs, []
+    for expected in given.jobs[:BATCH_MAX]:
+        job = jobs.get(expected.job_id)
+        if job is not None and job.expected is None and job.state in (JobState.QUEUED, JobState.RUNNING):
+            told.append(expected)
+    return [events.Foretold(at_ns=now_ns, jobs=tuple(told))] if told else []
+
+
 def disk_space(state: State, given: DiskSpace, now_ns: int) -> Events:
     if given.full == state.disk_full:
         return []
@@ -159,7 +170,8 @@ def tick(state: State, rules: Rules, now_ns: int) -> Events:
     if not claims:
         return []
     for device in policy.free_devices(state, now_ns):
-        chosen = policy.choose(state, rules, device, claims)
+        theirs = policy.claims_on(state, rules, device, claims, now_ns)
+        chosen = policy.choose(state, rules, device, theirs)
         if chosen is not None:
             return [_leased(state, rules, device, *chosen, now_ns)]
     return _yield(state, rules, claims, now_ns)

@@ -18,8 +18,10 @@ import msgspec
 
 from gpujobd.core.book import rebuild
 from gpujobd.core.model import (
+    NO_ACCURACY,
     NO_DEATHS,
     NO_PARAMS,
+    Accuracy,
     Arrivals,
     Device,
     Job,
@@ -62,6 +64,7 @@ class House(Piece, frozen=True, tag="house"):
     store_id: str
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
     notifier: Notifier | None = None
+    accuracy: Accuracy = NO_ACCURACY
 
 
 class Tenants(Piece, frozen=True, tag="tenants"):
@@ -119,6 +122,7 @@ def _house(state: State) -> House:
         store_id=state.store_id,
         arrivals=state.arrivals,
         notifier=state.notifier,
+        accuracy=state.accuracy,
     )
 
 
@@ -197,6 +201,7 @@ def _state(house: House) -> State:
         store_id=house.store_id,
         arrivals=house.arrivals,
         notifier=house.notifier,
+        accuracy=house.accuracy,
     )
 
 
