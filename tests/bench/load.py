@@ -195,8 +195,9 @@ def crowd(path: str, rate: float, seconds: float, jobs: int) -> dict[str, list[f
     while number < count or any(owed.values()):
         due = began + number / rate if number < count else time.perf_counter() + 1
         for fd, _ in poll.poll(max(0.0, due - time.perf_counter())):
-            for _ in range(by_fd[fd].take(ONE_JOB)):
-                latencies_ms.append((time.perf_counter() - owed[fd].popleft()) * 1e3)
+            count_here = by_fd[fd].take(ONE_JOB)
+            now = time.perf_counter()
+            latencies_ms += [(now - owed[fd].popleft()) * 1e3 for _ in range(count_here)]
         if number < count and time.perf_counter() >= due:
             peer = peers[number % CROWD]
             owed[peer.sock.fileno()].append(due)
