@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from gpujobd_notify import follower
 from harness import ROOT, until
 from notify_house import TARGETS, FarWeb, NotifyHost, fake_past
 
@@ -285,3 +286,14 @@ def test_kills_of_either_at_random_moments_lose_nothing_and_invent_nothing(tmp_p
             until(lambda: not client.notifications(states=["pending"]), "all of it")
     assert web.facts() == wanted
     assert_ids_are_of_facts(web)
+
+
+def test_a_daemon_that_was_stopped_while_systemd_listens_for_it_is_not_called(tmp_path):
+    units, unit = tmp_path / "units", tmp_path / "gpujobd.socket"
+    assert not follower.is_asleep(units, [unit])  # no systemd
+    units.mkdir()
+    assert not follower.is_asleep(units, [unit])  # nobody listens
+    unit.touch()
+    assert follower.is_asleep(units, [tmp_path / "none", unit])
+    (units / "invocation:gpujobd.service").symlink_to("0123")
+    assert not follower.is_asleep(units, [unit])
