@@ -57,6 +57,11 @@ def test_where_pids_mean_nothing_the_estimate_is_ours_and_nobody_is_accused() ->
     assert (seen.others, seen.foreign_bytes, seen.room_bytes) == ((), GIB, TOTAL - GIB)
 
 
+def test_worker_that_still_loads_is_no_stranger_where_pids_are_known_to_mean_nothing() -> None:
+    seen = sight(of(6 * GIB, (1, 6 * GIB)), {700: "embed"}, 11 * GIB, foreign_pids=True)
+    assert (seen.others, seen.foreign_bytes, seen.room_bytes) == ((), 0, -1)
+
+
 def test_sizes_that_are_not_told_are_estimated_and_others_still_named() -> None:
     seen = sight(of(12 * GIB, (7, None), (9, None)), {7: "embed"}, 11 * GIB)
     assert (seen.others, seen.foreign_bytes) == ((Process(9, None),), GIB)
@@ -289,6 +294,46 @@ async def test_gpu_that_is_lost_is_known_by_its_uuid_though_the_others_move_up(
         lost = await b.until(inputs.DeviceSeen, where=lambda look: "GpuIsLost" in look.detail)
         assert (lost.device, lost.trouble) == ("cuda:0", "DeviceLost")
         b.state.devices["cuda:1"].state = DeviceState.OK
+
+
+async def test_container_that_sees_foreign_pids_accuses_nobody_and_keeps_its_models(
+    tmp_path: Path,
+    driver: Driver,
+) -> None:
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        driver.tells(gpus=[a_gpu(used=11 * GIB, processes=[[1, 11 * GIB]])])
+        looks = driver.looks()
+        await until(lambda: driver.looks() > looks + 1)
+        await until(lambda: b.supervisor._gpus._foreign_pids)
+        hardware = b.supervisor.hardware("cuda:0")
+        assert hardware is not None
+        assert hardware.sight is not None
+        assert (hardware.sight.others, hardware.sight.room_bytes) == ((), -1)
+        b.lease(2, "b", device="cuda:0")
+        await b.until(inputs.Finished, 2)
+        assert not [r for r in b.reports if isinstance(r, inputs.Unloaded)]
+
+
+async def test_replaced_driver_is_let_go_by_workers_that_nobody_needs(
+    tmp_path: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "UNUSED_S", 0.2)
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        driver.tells("mismatch")
+        await b.until(inputs.DeviceSeen, where=lambda look: bool(look.trouble))
+        b.state.devices["cuda:0"].state = DeviceState.DRIVER_MISMATCH
+        await b.until(inputs.Unloaded)
+
+
+async def test_exclusive_gpu_holds_one_model_at_a_time(tmp_path: Path, driver: Driver) -> None:
+    driver.tells(gpus=[a_gpu(mode=3)])
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        b.lease(2, "b", device="cuda:0")
+        await b.until(inputs.Finished, 2)
+        assert [r.handler for r in b.reports if isinstance(r, inputs.Unloaded)] == ["a"]
 
 
 async def test_host_without_gpus_never_sees_a_look(tmp_path: Path, driver: Driver) -> None:
