@@ -219,6 +219,20 @@ async def test_handler_without_a_place_is_not_loaded_and_the_lease_goes_back(
         assert "Loaded" not in b.kinds()
 
 
+async def test_core_that_leases_all_the_same_is_told_again_what_was_seen(
+    tmp_path: Path, driver: Driver
+) -> None:
+    """Else it would do so for ever: it has forgotten the driver for another illness, say."""
+    driver.tells("mismatch")
+    async with running(house(tmp_path, driver)) as b:
+        for job in (1, 2, 3):
+            b.lease(job, "a", device="cuda:0")
+            back = await b.until(inputs.GaveBack, job)
+            before = b.reports[b.reports.index(back) - 1]
+            assert isinstance(before, inputs.DeviceSeen)
+            assert before.trouble == "DriverMismatch"
+
+
 async def test_load_that_runs_out_of_memory_beside_others_is_no_failure(
     tmp_path: Path, driver: Driver
 ) -> None:
