@@ -410,7 +410,8 @@ class World:
         seen = policy.survey(self.head, self.rules, self.now_ns)
         waiting = [job for job in self.head.jobs.values() if job.state in (JobState.QUEUED, JobState.PAUSED)]
         for job in waiting:
-            reason, _ = policy.waiting_reason(self.head, self.rules, job, self.now_ns, seen)
+            reason, detail = policy.waiting_reason(self.head, self.rules, job, self.now_ns, seen)
+            assert detail, (reason, job)
             self.seen.add(reason)
         queued = [job.job_id for job in waiting if job.state is JobState.QUEUED]
         assert sorted(job.job_id for job in policy.order(self.head, self.rules, self.now_ns)) == sorted(
