@@ -8,9 +8,13 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
+import far_ends
 import pytest
+from gpujobd import protocol as p
 from harness import ROOT, until
+from mortal import locate
 from notify_house import TARGETS, FarWeb, NotifyHost, fake_past
 
 pytest.importorskip("httpx")
@@ -182,6 +186,12 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_to_die_at_is_in_the_code(place):
+    owner, name = locate("gpujobd_notify." + place.partition(":")[0])
+    assert callable(getattr(owner, name))
+
+
 def story(past, web, dice, jobs):
     """Jobs that run in a random order among each other; returns what must be told of them."""
     wanted, steps = set(), []
@@ -294,3 +304,22 @@ def test_kills_of_either_at_random_moments_lose_nothing_and_invent_nothing(tmp_p
             until(lambda: not client.notifications(states=["pending"]), "all of it")
     assert web.facts() == wanted
     assert_ids_are_of_facts(web)
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_dead_far_end_waits_on_disk_and_not_in_memory(tmp_path, past):
+    def memory_bytes():
+        return int((Path("/proc") / str(notifier.process.pid) / "statm").read_text().split()[1]) * 4096
+
+    with far_ends.far_end(far_ends.BAD_DAYS["never answers"][1]) as port:
+        with NotifyHost(tmp_path / "n", past.daemon.path) as notifier:
+            notifier.wait_until_it_follows()
+            before = memory_bytes()
+            for job in range(1, 5001):
+                past.submit(job, f"http://127.0.0.1:{port}/{job}")
+                past.add("cancelled", job=job, by=0)
+            with notifier.client() as client:
+                until(lambda: client.ask_seq() == past.seq, "all of it to be due")
+                (view,) = client.ask(p.Notifications).endpoints
+                assert (view.in_flight, view.queued) == (4, 5000)
+            assert memory_bytes() - before < 20_000_000
