@@ -311,15 +311,18 @@ def test_what_waits_for_a_dead_far_end_waits_on_disk_and_not_in_memory(tmp_path,
     def memory_bytes():
         return int((Path("/proc") / str(notifier.process.pid) / "statm").read_text().split()[1]) * 4096
 
-    with far_ends.far_end(far_ends.BAD_DAYS["never answers"][1]) as port:
-        with NotifyHost(tmp_path / "n", past.daemon.path) as notifier:
-            notifier.wait_until_it_follows()
-            before = memory_bytes()
-            for job in range(1, 5001):
-                past.submit(job, f"http://127.0.0.1:{port}/{job}")
-                past.add("cancelled", job=job, by=0)
-            with notifier.client() as client:
-                until(lambda: client.ask_seq() == past.seq, "all of it to be due")
-                (view,) = client.ask(p.Notifications).endpoints
-                assert (view.in_flight, view.queued) == (4, 5000)
-            assert memory_bytes() - before < 20_000_000
+    with (
+        far_ends.far_end(far_ends.BAD_DAYS["never answers"][1]) as port,
+        NotifyHost(tmp_path / "n", past.daemon.path) as notifier,
+    ):
+        notifier.wait_until_it_follows()
+        before = memory_bytes()
+        for job in range(1, 5001):
+            past.submit(job, f"http://127.0.0.1:{port}/{job}")
+            past.add("cancelled", job=job, by=0)
+        with notifier.client() as client:
+            until(lambda: client.ask_seq() == past.seq, "all of it to be due")
+            (view,) = client.ask(p.Notifications).endpoints
+            assert view.in_flight <= 5
+            assert view.queued == 5000
+        assert memory_bytes() - before < 20_000_000
