@@ -293,7 +293,7 @@ def test_whoever_owns_a_job_of_a_tenant_he_is_no_member_of_sees_no_number_of_the
     third = secretly(host, [{}], tenant="lab")
     with host.client() as client:
         assert client.job(second).reason_detail == f"job {waiting} is ahead"
-        assert client.job(third).reason_detail == "a job of lab is ahead"
+        assert client.job(third).reason_detail == "a job of lab and 1 more are ahead"
 
 
 def test_systemd_is_told_whose_job_runs_and_not_which() -> None:

@@ -52,14 +52,19 @@ def outlook(job: p.Job, at: dt.datetime) -> str:
     """Why it waits and until when; for one that runs, when it will be done; for a final one, since when."""
     match job.state:
         case "queued":
-            return ", ".join(part for part in (given(job.reason), _when("starts", start_at(job), at)) if part)
+            return ", ".join(part for part in (why(job), _when("starts", start_at(job), at)) if part)
         case "running":
             asked = f"yields ({job.yielding})" if job.yielding is not UNSET else ""
             return asked or _when("done", finish_at(job), at)
         case "paused":
-            return given(job.reason)
+            return why(job)
     since = relative(job.finished_at, at) if job.finished_at is not UNSET else ""
     return ", ".join(part for part in (given(job.reason), since) if part)
+
+
+def why(job: p.Job) -> str:
+    """`FairShare: production is owed 212 s`."""
+    return ": ".join(part for part in (given(job.reason), given(job.reason_detail)) if part)
 
 
 def _when(what: str, moment: dt.datetime | UnsetType, at: dt.datetime) -> str:
@@ -221,8 +226,8 @@ def ended(job: p.Job) -> Exit:
 
 def ending(job: p.Job) -> str:
     """`job 42 completed: 50,000 items, 3 failed`; `job 42 failed: HandlerFailing: no such model`."""
-    why = ": ".join(part for part in (given(job.reason), given(job.reason_detail)) if part)
-    return f"job {job.id} {job.state}: " + (f"{why}; " if why else "") + progress(job)
+    because = f"{why(job)}; " if why(job) else ""
+    return f"job {job.id} {job.state}: {because}{progress(job)}"
 
 
 # --- the status table -------------------------------------------------------------------------------------------
@@ -354,7 +359,7 @@ def _waiting(status: p.StatusTable, at: dt.datetime) -> str:
             given(job.name),
             counted(job.items.total - job.items.done - job.items.failed),
             str(job.position) if job.position is not UNSET else "",
-            given(job.reason),
+            why(job),
             _when("", start_at(job), at).strip(),
         )
         for job in status.waiting[:SHOWN_MAX]

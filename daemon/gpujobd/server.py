@@ -357,13 +357,15 @@ class Server:
         return job_id not in self._state.jobs or self._visible(verb, c, request_id, job_id) is not None
 
     def _view(self, who: Who, job: model.Job) -> protocol.Job:
-        reason = self._reason(job) if job.state is JobState.QUEUED else None
+        reason = self._reason(job) if job.state in (JobState.QUEUED, JobState.PAUSED) else None
         outlook = self._outlooks.of(job.job_id)
         told = bool(job.notify or job.notify_on) and allowed("see_notify", who, job)
         return views.job(self._state, job, reason, self._directory.name, outlook, told=told)
 
     def _reason(self, job: model.Job) -> tuple[model.Reason, str]:
         """Why a job waits. One look at everybody who waits serves all jobs shown of the same state."""
+        if job.state is JobState.PAUSED:
+            return policy.held_reason(job)
         seen = self._surveyed
         if seen is None or seen[0] != self._state.seq or time.time_ns() - seen[1] > SURVEY_KEPT_NS:
             now_ns = time.time_ns()

@@ -19,6 +19,7 @@ Rule 4: a higher level is asked for at once, whatever the turn. More yields than
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 from itertools import chain
@@ -47,6 +48,13 @@ from gpujobd.core.model import (
 SLICE_MIN_NS: Final = 5 * S_NS
 ROUND_NS: Final = 120 * S_NS  # many tenants share two minutes: a newcomer's turn comes about then
 NO_SPACE: Final = "no space left where inputs and outputs are kept"
+STARTED: Final = "an administrator starts the queue"
+HOLDS: Final[dict[Reason, str]] = {
+    Reason.HELD_BY_OWNER: "until somebody resumes it",
+    Reason.HELD_BY_ADMIN: "until an administrator resumes it",
+    Reason.OUTPUT_DAMAGED: "until somebody resumes it; its outputs are not what its checkpoint says",
+    Reason.DAEMON_STOPPING: "until gpujobd starts again, or somebody resumes it",
+}
 LINE_KEY: Final = attrgetter("line_key")
 ITEM_GUESS_NS: Final = S_NS  # price of an item nothing is known about; orders jobs, never shown
 
@@ -374,8 +382,7 @@ def waiting_reason(
     """Why a queued or paused job does not run. For many jobs at once, pass one `survey` to all of them."""
     assert job.state in (JobState.QUEUED, JobState.PAUSED), (job.job_id, job.state)
     if job.state is JobState.PAUSED:
-        assert job.reason is not None, job.job_id
-        return job.reason, job.reason_detail
+        return held_reason(job)
     return (
         _house_reason(state)
         or _sleep_reason(job, now_ns)
@@ -384,14 +391,20 @@ def waiting_reason(
     )
 
 
+def held_reason(job: Job) -> tuple[Reason, str]:
+    """Of a paused job: in the words of whoever paused it, else what ends the pause."""
+    assert job.reason is not None, job.job_id
+    return job.reason, job.reason_detail or HOLDS.get(job.reason, "")
+
+
 def _house_reason(state: State) -> tuple[Reason, str] | None:
     switches = state.switches
     if state.stopping:
-        return Reason.DAEMON_STOPPING, "gpujobd is stopping"
+        return Reason.DAEMON_STOPPING, "gpujobd is stopping, the job waits for its next start"
     if switches.draining:
-        return Reason.DRAINING, switches.message or "by an administrator"
+        return Reason.DRAINING, switches.message or f"until {STARTED}"
     if switches.stopped:
-        return Reason.QUEUE_STOPPED, switches.message or "by an administrator"
+        return Reason.QUEUE_STOPPED, switches.message or f"until {STARTED}"
     if state.disk_full:
         return Reason.DISK_FULL, state.disk_detail or NO_SPACE
     return None
@@ -433,14 +446,34 @@ def _rank_reason(state: State, rules: Rules, job: Job, now_ns: int, seen: Survey
     level = _level(rules, job.priority, job, now_ns)
     best = seen.claims[0]
     if best.level > level:
-        return Reason.PRIORITY, f"{named(best.job, job)} at level {best.level.name.lower()} is ahead"
+        jobs = sum(claim.jobs for claim in seen.claims if claim.level > level)
+        return Reason.PRIORITY, f"{_jobs(best.job, job, jobs)} at level {best.level.name.lower()}"
     own = next(claim for claim in seen.claims if claim.job.tenant == job.tenant and claim.level <= level)
     if own.job is not job:
-        return Reason.PRIORITY, f"{named(own.job, job)} is ahead"
+        return Reason.PRIORITY, _jobs(own.job, job, _ahead_in_line(state, job, seen))
     if best is not own:
         owed_s = (own.vtime_ns - best.vtime_ns) * rules.share(best.job.tenant) / S_NS
         return Reason.FAIR_SHARE, _owed(best.job.tenant, owed_s, best.overdue)
     return _device_reason(state, rules, own, now_ns)
+
+
+def _ahead_in_line(state: State, job: Job, seen: Survey) -> int:
+    """How many of its tenant's own jobs come before it, of those that could run."""
+    lines = state.book.lines[job.tenant]
+    return sum(
+        bisect_left(line, job.line_key, key=LINE_KEY)
+        for (level, handler), line in lines.items()
+        if level is job.priority and handler not in seen.blocked
+    )
+
+
+def _jobs(first: Job, job: Job, jobs: int) -> str:
+    """`job 12 is ahead`, `job 12 and 3 more are ahead`."""
+    return (
+        f"{named(first, job)} and {jobs - 1:,} more are ahead"
+        if jobs > 1
+        else f"{named(first, job)} is ahead"
+    )
 
 
 def named(other: Job, job: Job) -> str:
@@ -479,7 +512,8 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     )
     if ahead_s >= 1 and not claim.overdue and lease.yield_why is None and lease.tenant != claim.job.tenant:
         return Reason.FAIR_SHARE, _owed(lease.tenant, ahead_s, overdue=False)
-    return Reason.RESOURCES, f"{device.name} runs {running}"
+    asked = ", which was asked to yield" if lease.yield_why is not None else ""
+    return Reason.RESOURCES, f"{device.name} runs {running}{asked}"
 
 
 # --- the order of all -------------------------------------------------------------------------------------------------
