@@ -13,6 +13,7 @@ from pathlib import Path
 import far_ends
 import pytest
 from gpujobd import protocol as p
+from gpujobd_notify import follower
 from harness import ROOT, until
 from mortal import locate
 from notify_house import TARGETS, FarWeb, NotifyHost, fake_past
@@ -326,3 +327,14 @@ def test_what_waits_for_a_dead_far_end_waits_on_disk_and_not_in_memory(tmp_path,
             assert view.in_flight <= 5
             assert view.queued == 5000
         assert memory_bytes() - before < 20_000_000
+
+
+def test_a_daemon_that_was_stopped_while_systemd_listens_for_it_is_not_called(tmp_path):
+    units, unit = tmp_path / "units", tmp_path / "gpujobd.socket"
+    assert not follower.is_asleep(units, [unit])  # no systemd
+    units.mkdir()
+    assert not follower.is_asleep(units, [unit])  # nobody listens
+    unit.touch()
+    assert follower.is_asleep(units, [tmp_path / "none", unit])
+    (units / "invocation:gpujobd.service").symlink_to("0123")
+    assert not follower.is_asleep(units, [unit])

@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -53,7 +54,10 @@ COMMIT_S: Final = 2.0  # the same, while nothing is: what a kill makes the next 
 BATCH_MAX: Final = 500  # postings in one commit
 KNOWN_MAX: Final = 20_000  # jobs in memory, those that nobody wants to hear of included
 
-ACTIVE_UNITS: Final = "/run/systemd/units"  # has a link invocation:UNIT for every unit that is active
+SYSTEMD_UNITS: Final = Path("/run/systemd/units")  # has a link invocation:UNIT for every service that runs
+SOCKET_UNITS: Final = tuple(
+    Path(folder, "gpujobd.socket") for folder in ("/usr/lib/systemd/system", "/etc/systemd/system")
+)
 
 OF_JOBS: Final = due.FINAL | {
     "leased",
@@ -156,12 +160,11 @@ async def connected(paths: Sequence[str]) -> AsyncIterator[Connection]:
         yield Connection(stream)
 
 
-def is_asleep() -> bool:
-    """Whether systemd listens for a daemon that does not run."""
-    listens, runs = (
-        os.path.lexists(f"{ACTIVE_UNITS}/invocation:gpujobd.{kind}") for kind in ("socket", "service")
-    )
-    return listens and not runs
+def is_asleep(units: Path = SYSTEMD_UNITS, sockets: Sequence[Path] = SOCKET_UNITS) -> bool:
+    """Whether systemd listens for a daemon that does not run: it tells of services that do, and sockets are files of it."""
+    if not units.is_dir() or os.path.lexists(units / "invocation:gpujobd.service"):
+        return False
+    return any(path.exists() for path in sockets)
 
 
 class Follower:
