@@ -59,6 +59,7 @@ def test_what_a_job_asked_for_is_told_and_nothing_else(past, notifier, web):
     assert (attend.names, attend.url_hosts, attend.mail_domains) == ([], ["127.0.0.1"], [])
 
 
+@pytest.mark.slow
 def test_a_daemon_that_is_away_is_waited_for_and_nothing_is_missed(past, notifier, web):
     past.submit(1, web.url())
     past.stop()
@@ -67,6 +68,7 @@ def test_a_daemon_that_is_away_is_waited_for_and_nothing_is_missed(past, notifie
     wait_for(web, (1, "finish"))
 
 
+@pytest.mark.slow
 def test_a_notifier_that_was_down_tells_what_it_missed(past, notifier, web):
     past.submit(1, web.url(), on=["start", "finish"])
     assert notifier.stop() == 0
@@ -97,7 +99,7 @@ def test_after_a_gap_what_is_due_is_derived_from_the_jobs(past, notifier, web):
     assert len(web.told) == 5
 
 
-@pytest.mark.parametrize("seen", ["behind", "another"])
+@pytest.mark.parametrize("seen", [pytest.param("behind", marks=pytest.mark.slow), "another"])
 def test_a_restored_daemon_is_noticed_and_its_new_past_is_told(past, notifier, web, seen):
     past.submit(1, web.url())
     past.run(1)
@@ -119,6 +121,7 @@ def test_a_restored_daemon_is_noticed_and_its_new_past_is_told(past, notifier, w
     assert web.told[1][1] != first_id
 
 
+@pytest.mark.slow
 def test_jobs_from_before_the_notifier_are_told_from_then_on(tmp_path, past, web):
     past.submit(1, web.url(), on=["start", "finish"])
     past.add("leased", job=1, attempt=1, device="cpu", level=1)
@@ -153,6 +156,7 @@ def test_a_reload_tells_the_daemon_what_can_be_reached_now(past, notifier, web):
     assert web.facts() == {(1, "finish"), (2, "finish")}, "what was over before is not told"
 
 
+@pytest.mark.slow
 def test_ill_devices_are_told_to_who_listens_for_them(tmp_path, past, web):
     house = f'[endpoints.house]\nkind = "webhook"\nurl = "{web.url()}"\non = ["device"]\n'
     config = f'{house}allow_networks = ["127.0.0.0/8"]\n'
@@ -165,6 +169,7 @@ def test_ill_devices_are_told_to_who_listens_for_them(tmp_path, past, web):
     assert {body["type"] for _, _, body in web.told} == {"device"}
 
 
+@pytest.mark.slow
 def test_a_second_notifier_on_the_same_state_is_refused(tmp_path, past, notifier):
     second = NotifyHost(notifier.folder, past.daemon.path)
     second.launch()
