@@ -218,8 +218,16 @@ class World:
     def somebody_wants(self) -> None:
         try:
             self.luck.choices(
-                (self.submit, self.burst, self.reserve, self.stream_ends, self.touch_a_job, self.switch),
-                (10, 2, 4, 4, 8, 1),
+                (
+                    self.submit,
+                    self.burst,
+                    self.reserve,
+                    self.stream_ends,
+                    self.touch_a_job,
+                    self.switch,
+                    self.notifier,
+                ),
+                (10, 2, 4, 4, 8, 1, 1),
             )[0]()
         except Refused as refusal:
             self.refused.add(refusal.code)
@@ -244,6 +252,8 @@ class World:
             begin_ns=0 if luck.random() < 0.8 else self.now_ns + luck.choice((-5, 5, 500)) * S_NS,
             deadline_ns=0 if luck.random() < 0.8 else self.now_ns + luck.choice((0, 10, 1000)) * S_NS,
             failures_max=luck.choice((-1, -1, -1, 0, 3)),
+            notify=luck.choice(((), (), (), ("ops",), ("mailto:a@example.org", "none"), ("none",))),
+            notify_on=luck.choice(((), (), (), ("finish", "progress=25%"), ("never",))),
         )
 
     def submit(self) -> None:
@@ -295,6 +305,14 @@ class World:
             self.give(inputs.SetPriority(who=who, job_id=job_id, priority=priority))
         else:
             self.give(kind(who=who, job_id=job_id))
+
+    def notifier(self) -> None:
+        """One comes, with what it can reach, or the last one goes."""
+        if self.luck.random() < 0.3:
+            self.give(inputs.Leave())
+        else:
+            names = self.luck.choice(((), ("ops",), ("ops", "lab")))
+            self.give(inputs.Attend(who=self.luck.choice(PEOPLE), names=names, mail_domains=("*.org",)))
 
     def switch(self) -> None:
         verb = self.luck.choice([*inputs.QueueVerb, inputs.QueueVerb.START, inputs.QueueVerb.ENABLE])

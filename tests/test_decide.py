@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House, check_bookkeeping, submission
 from gpujobd.core import events, inputs
-from gpujobd.core.admission import Refused
 from gpujobd.core.decide import find_submitted
 from gpujobd.core.leases import backoff_ns, canary_line
 from gpujobd.core.model import (
     ERROR_MAX,
     NO_ACCURACY,
     S_NS,
+    Checkpoint,
     Deferred,
     Expected,
     HandlerRule,
@@ -27,6 +27,7 @@ from gpujobd.core.model import (
     TenantRule,
     YieldWhy,
 )
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 
@@ -472,6 +473,10 @@ def test_time_is_charged_once_however_often_it_is_reported() -> None:
         {"upto": 7, "done": 5, "deferred": (Deferred(6, 1), Deferred(6, 1))},
         {"upto": 6, "done": 5, "deferred": (Deferred(9, 1),)},
         {"upto": 6, "done": 5, "deferred": (Deferred(6, 0),)},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad_json": 2}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad_json": 2, "x": -1}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad json": 1}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"x" * 65: 1}},
     ],
 )
 def test_an_impossible_checkpoint_ends_the_lease_and_counts_for_nothing(wrong: dict[str, Any]) -> None:
@@ -487,6 +492,26 @@ def test_an_impossible_checkpoint_ends_the_lease_and_counts_for_nothing(wrong: d
     assert it.job(1).checkpoint == believed
     for event in found:
         assert events.decode(events.encode(event)) == event
+
+
+def test_counts_of_codes_go_on_with_the_checkpoint_and_never_back() -> None:
+    it = house()
+    it.submit(items=20)
+    it.loaded()
+    first = Checkpoint(upto=4, done=2, failed=2, failure_codes={"bad_json": 2})
+    it.checkpoint(0, checkpoint=first)
+    it.lose()
+    it.wait(60)
+    it.loaded()
+    assert it.job(1).checkpoint.failure_codes == {"bad_json": 2}
+    fewer = Checkpoint(upto=5, done=2, failed=3, failure_codes={"bad_json": 1, "rejected": 2})
+    (lost, *_) = it.checkpoint(0, checkpoint=fewer)
+    assert isinstance(lost, events.LeaseLost)
+    it.wait(60)
+    it.loaded()
+    it.finish(checkpoint=Checkpoint(upto=20, done=17, failed=3, failure_codes={"bad_json": 2, "rejected": 1}))
+    assert it.job(1).state is JobState.COMPLETED
+    assert it.job(1).checkpoint.failure_codes == {"bad_json": 2, "rejected": 1}
 
 
 def test_timings_that_are_no_seconds_are_left_out() -> None:

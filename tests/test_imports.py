@@ -22,6 +22,7 @@ PURE = {
     "itertools",
     "math",
     "operator",
+    "re",
     "typing",
 }
 CORE = "gpujobd.core"
@@ -78,6 +79,14 @@ def test_the_daemon_imports_no_worker_and_nothing_that_touches_a_device(path: Pa
 
 def test_the_protocol_stands_on_msgspec_alone() -> None:
     assert tops(DAEMON / "gpujobd" / "protocol.py") <= STANDARD | {"msgspec"}
+
+
+SHARED = ("notify", "peer", "protocol", "settings")  # what the notifier has of the daemon
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_the_notifier_shares_with_the_daemon_knows_nothing_of_it(name: str) -> None:
+    assert tops(DAEMON / "gpujobd" / f"{name}.py") <= STANDARD | {"msgspec", "sdnotify", "trio"}
 
 
 @pytest.mark.parametrize("path", files(CLIENT / "jobctl"), ids=ids)

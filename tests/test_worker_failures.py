@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from gpujobd_worker import Rejected, Transient
+from gpujobd_worker import Rejected, Transient, failures
 from gpujobd_worker.failures import BROKEN, OOM, POISONED, REJECTED, TRANSIENT, classify
 from worker_driver import HANDLERS, Job, WorkerDriver
 
@@ -375,3 +375,12 @@ def test_exception_without_a_text_is_described_all_the_same():
 
     assert classify(Mute()).message == "Mute: (no text: its __str__ raised RuntimeError)"
     assert classify(KeyError()).message == "KeyError"
+
+
+def test_codes_beyond_the_bound_are_counted_together_and_the_counts_before_stay_as_they_were():
+    before = failures.counted({}, ["a", "b", "a"])
+    after = failures.counted(before, [*(f"c{n}" for n in range(20)), "a", "other"])
+    assert before == {"a": 2, "b": 1}
+    assert len(after) == failures.CODES_MAX + 1
+    assert (after["a"], after["b"], after["c7"], after["other"]) == (3, 1, 1, 13)
+    assert failures.counted(after, ["c19", "c7"]) == {**after, "other": 14, "c7": 2}

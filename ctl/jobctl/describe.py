@@ -106,6 +106,7 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
     yield "params", _params(job)
     yield "priority", job.priority
     yield "items", progress(job)
+    yield "failed with", failed_with(job)
     yield "failures max", "" if job.failures_max is UNSET else counted(job.failures_max)
     yield "position", "" if job.position is UNSET else counted(job.position)
     yield from _moments(job, at)
@@ -115,6 +116,7 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
     yield "retry of", "" if job.retry_of is UNSET else str(job.retry_of)
     yield "GPU time", "" if job.gpu_s is UNSET else spoken(job.gpu_s)
     yield "timings", _timings(job)
+    yield "tells", _tells(job)
 
 
 def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
@@ -158,6 +160,20 @@ def progress(job: p.Job) -> str:
     else:
         text = f"{counted(items.done)} of {total} done"
     return text + (f" ({percent(items)} %)" if items.total else "")
+
+
+def failed_with(job: p.Job) -> str:
+    """`bad_json 12, rejected 3`: what is most first."""
+    codes = {} if job.failure_codes is UNSET else job.failure_codes
+    most_first = sorted(codes.items(), key=lambda code: (-code[1], code[0]))
+    return ", ".join(f"{code} {counted(count)}" for code, count in most_first)
+
+
+def _tells(job: p.Job) -> str:
+    """`ops, mailto:alice@example.org on start, finish`."""
+    whom = [] if job.notify is UNSET else job.notify
+    when = [] if job.notify_on is UNSET else job.notify_on
+    return " ".join(part for part in (", ".join(whom), f"on {', '.join(when)}" if when else "") if part)
 
 
 def percent(items: p.Items) -> int:
@@ -256,6 +272,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
         Column("TENANT", shrink=True),
         Column("LOADED", shrink=True),
         Column("MEMORY", right=True),
+        Column("BUSY", right=True),
+        Column("TEMP", right=True),
         Column("HARDWARE", shrink=True),
         Column("REASON", shrink=True),
     )
@@ -264,7 +282,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
 
 def _device_row(device: p.DeviceView) -> tuple[str, ...]:
     why = ": ".join(part for part in (given(device.reason), given(device.reason_detail)) if part)
-    memory = size(device.memory_bytes) if device.memory_bytes is not UNSET else ""
+    used = device.memory_used_bytes if device.memory_used_bytes is not UNSET else device.memory_bytes
+    memory = size(used) if used is not UNSET else ""
     if memory and device.memory_total_bytes is not UNSET:
         memory += f" of {size(device.memory_total_bytes)}"
     return (
@@ -274,6 +293,8 @@ def _device_row(device: p.DeviceView) -> tuple[str, ...]:
         given(device.tenant),
         " ".join(device.loaded),
         memory,
+        f"{device.utilisation:.0f} %" if device.utilisation is not UNSET else "",
+        f"{device.temperature_c:.0f} °C" if device.temperature_c is not UNSET else "",
         given(device.hardware),
         why,
     )

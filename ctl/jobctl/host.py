@@ -256,16 +256,19 @@ def usage_words(you: p.Usage) -> str:
 
 @verb("device")
 def device() -> None:
-    """Show the devices, what they hold and whether they are well.
+    """Show the devices: what is loaded, memory, load, temperature, who else is there, and whether they are well.
+
+    Without NVML (the Python module pynvml), it is said that nothing is known from outside.
 
     Example:
       jobctl device --json
     """
-    from jobctl.describe import device_page  # noqa: PLC0415
+    from jobctl.devices import devices_page  # noqa: PLC0415
+    from jobctl.times import now  # noqa: PLC0415
 
     here = session()
     found = here.daemon.ask(p.Devices(id=here.daemon.next_id()), p.DeviceList).devices
     if here.json:
         write_list("devices", found)
     else:
-        write(device_page(found))
+        write(devices_page(found, now()))

@@ -25,6 +25,8 @@ COLOURS: Final = {
     "failed": "red",
     "expired": "red",
     "unhealthy": "red",
+    "driver_mismatch": "red",
+    "busy_elsewhere": "yellow",
 }
 
 

@@ -53,6 +53,12 @@ MESSAGE_IDS: Final[dict[str, str]] = {
     # devices and workers
     "device_fell_ill": "2ffd5ae7a4dc464594fe8ee1b5c60052",
     "device_recovered": "cad96d5128f14a09bb5e68fd3619a99d",
+    "device_crowded": "1c4a956d6a3e49a587d49afe227568f2",
+    "device_cleared": "64eadb4f4aa142e5a04242b75ade7b8e",
+    "driver_mismatched": "3a63e9cd349845bfa9221369dbbbd5cc",
+    "memory_returned": "fca5c1af7316442fb51ad5ceb470109f",
+    "nvml_lost": "22442d17c3d446d6bb38faf998b9188e",
+    "nvml_found": "043d4c3096434fd78990e595b2a0d3ec",
     "probe_failed": "71d82b01e84b4f72af07275ac4c310a9",
     "handler_loaded": "c175e60199694ddda1b97ea94334b14e",
     "worker_started": "5f1e15568cfb4401aff8812d3916b73e",

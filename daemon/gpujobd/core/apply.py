@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from gpujobd.core import book, events
 from gpujobd.core.model import (
+    ELSEWHERE_WHY,
     NO_DEATHS,
     NO_PARAMS,
     TELLING_NS,
@@ -23,6 +26,7 @@ from gpujobd.core.model import (
     JobState,
     Learned,
     Lease,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -49,12 +53,13 @@ def apply(state: State, event: events.AnyEvent, seq: int) -> None:
 # --- the daemon -------------------------------------------------------------------------------------------------
 
 
-def _daemon_started(state: State, _: events.DaemonStarted) -> None:
+def _daemon_started(state: State, event: events.DaemonStarted) -> None:
     state.stopping = False
     for reservation_id in list(state.reservations):
         _release(state, reservation_id)
     for device in state.devices.values():
         device.loaded = ()
+    _leave(state, event.at_ns)
 
 
 def _daemon_stopping(state: State, _: events.DaemonStopping) -> None:
@@ -81,6 +86,25 @@ def _disk_filled(state: State, event: events.DiskFilled) -> None:
 def _disk_freed(state: State, _: events.DiskFreed) -> None:
     state.disk_full = False
     state.disk_detail = ""
+
+
+def _notifier_attached(state: State, event: events.NotifierAttached) -> None:
+    state.notifier = Notifier(
+        names=event.names,
+        admin_names=event.admin_names,
+        url_hosts=event.url_hosts,
+        mail_domains=event.mail_domains,
+    )
+
+
+def _notifier_left(state: State, event: events.NotifierLeft) -> None:
+    _leave(state, event.at_ns)
+
+
+def _leave(state: State, at_ns: int) -> None:
+    """The connection of the notifier that was here is gone."""
+    if state.notifier is not None and not state.notifier.left_ns:
+        state.notifier = replace(state.notifier, left_ns=at_ns)
 
 
 # --- submissions --------------------------------------------------------------------------------------------------
@@ -149,6 +173,8 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         retry_of=event.retry_of,
         inline_seq=inline_seq,
         reservation_id=event.reservation_id,
+        notify=event.notify,
+        notify_on=event.notify_on,
         priority=event.priority,
         level=event.priority,
         line_key=event.job_id,
@@ -300,6 +326,7 @@ def _handler_loaded(state: State, event: events.HandlerLoaded) -> None:
     learned = _learned(state, event.handler)
     learned.load_ns, learned.load_spread_ns = _learn(learned.load_ns, learned.load_spread_ns, event.load_ns)
     learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
+    learned.load_bytes = event.vram_bytes or learned.load_bytes
     learned.load_failures = learned.retry_at_ns = 0
     learned.failure = ""
     lease = device.lease
@@ -357,7 +384,11 @@ def _checkpointed(state: State, event: events.Checkpointed) -> None:
 
 
 def _yielded(state: State, event: events.Yielded) -> None:
-    _end_lease(state, _progress(state, event), event.at_ns)
+    job = _progress(state, event)
+    if event.cramped_bytes >= 0:
+        device = state.devices[job.device]
+        device.cramped = device.cramped | {job.handler: event.cramped_bytes}
+    _end_lease(state, job, event.at_ns)
 
 
 def _completed(state: State, event: events.Completed) -> None:
@@ -476,9 +507,7 @@ def _condemn(job: Job, lines: tuple[int, ...]) -> None:
 
 def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.UNHEALTHY
-    device.reason = event.reason
-    device.reason_detail = event.detail
+    _enter(device, DeviceState.UNHEALTHY, event.reason, event.detail, event.at_ns)
     device.retry_at_ns = event.retry_at_ns
     device.failed_jobs = ()
     device.relapses += 1
@@ -486,11 +515,45 @@ def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
 
 def _device_recovered(state: State, event: events.DeviceRecovered) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.OK
-    device.reason = device.reason_detail = ""
+    _enter_well(device, event.at_ns)
     device.retry_at_ns = device.relapses = 0
     if device.lease is not None:
         device.lease.canary = False
+
+
+def _device_crowded(state: State, event: events.DeviceCrowded) -> None:
+    """A device that has another trouble keeps that one's name: it stands in the way of more."""
+    device = state.devices[event.device]
+    device.room_bytes = event.room_bytes
+    if device.state in (DeviceState.OK, DeviceState.BUSY_ELSEWHERE):
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, event.detail, event.at_ns)
+
+
+def _device_cleared(state: State, event: events.DeviceCleared) -> None:
+    device = state.devices[event.device]
+    device.room_bytes = -1
+    device.cramped = {}
+    if device.state is DeviceState.BUSY_ELSEWHERE:
+        _enter_well(device, event.at_ns)
+
+
+def _driver_mismatched(state: State, event: events.DriverMismatched) -> None:
+    device = state.devices[event.device]
+    _enter(device, DeviceState.DRIVER_MISMATCH, "DriverMismatch", event.detail, event.at_ns)
+
+
+def _enter(device: Device, to: DeviceState, reason: str, detail: str, at_ns: int) -> None:
+    if device.state is not to:
+        device.since_ns = at_ns
+    device.state, device.reason, device.reason_detail = to, reason, detail
+
+
+def _enter_well(device: Device, at_ns: int) -> None:
+    """It works; whether others leave room on it is another matter."""
+    if device.room_bytes < 0:
+        _enter(device, DeviceState.OK, "", "", at_ns)
+    else:
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, "", at_ns)
 
 
 def _lease_of(state: State, job: Job) -> Lease | None:
@@ -533,6 +596,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.QueueSwitched: _queue_switched,
     events.DiskFilled: _disk_filled,
     events.DiskFreed: _disk_freed,
+    events.NotifierAttached: _notifier_attached,
+    events.NotifierLeft: _notifier_left,
     events.Reserved: _reserved,
     events.ReservationReleased: _reservation_released,
     events.Submitted: _submitted,
@@ -560,5 +625,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.CanaryPassed: _canary_passed,
     events.DeviceFellIll: _device_fell_ill,
     events.DeviceRecovered: _device_recovered,
+    events.DeviceCrowded: _device_crowded,
+    events.DeviceCleared: _device_cleared,
+    events.DriverMismatched: _driver_mismatched,
 }
 assert set(_APPLY) == set(events.AnyEvent.__args__)  # a new event must say what it changes

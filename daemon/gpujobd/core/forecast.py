@@ -28,7 +28,7 @@ from typing import Final
 
 import msgspec
 
-from gpujobd.core import policy
+from gpujobd.core import policy, residency
 from gpujobd.core.ahead import Doubt, Line, Rest, Server
 from gpujobd.core.fluid import Fluid
 from gpujobd.core.model import Device, DeviceState, Job, JobState, Priority, Rules, State
@@ -157,7 +157,7 @@ class Ahead:
 
     def _serve(self, state: State, device: Device) -> None:
         """Let a device take part, from when it can; what it runs now it goes on with for the rest of the turn."""
-        if device.state is DeviceState.BUSY_ELSEWHERE:
+        if not residency.takes_any(state, self.rules, device):
             return
         server = Server(device)
         ready_ns = self.now_ns

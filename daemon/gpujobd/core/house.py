@@ -37,6 +37,7 @@ STRENGTH: Final[dict[YieldWhy | None, int]] = {
     None: 0,
     YieldWhy.TURN_OVER: 1,
     YieldWhy.PRIORITY: 1,
+    YieldWhy.ELSEWHERE: 1,
     YieldWhy.STOPPING: 2,
     YieldWhy.DEADLINE: 3,
     YieldWhy.PAUSE: 4,
@@ -169,7 +170,8 @@ def tick(state: State, rules: Rules, now_ns: int) -> Events:
     if not claims:
         return []
     for device in policy.free_devices(state, now_ns):
-        chosen = policy.choose(state, rules, device, claims)
+        theirs = policy.claims_on(state, rules, device, claims, now_ns)
+        chosen = policy.choose(state, rules, device, theirs)
         if chosen is not None:
             return [_leased(state, rules, device, *chosen, now_ns)]
     return _yield(state, rules, claims, now_ns)

@@ -90,7 +90,9 @@ class Mender:
                 self._leave(set(event.devices))
             case events.HandlerLoaded() | events.WorkerGone():
                 self._find(event.device)
-            case events.DeviceFellIll() | events.DeviceRecovered():
+            case events.DeviceFellIll() | events.DeviceRecovered() | events.DriverMismatched():
+                self._find(event.device)
+            case events.DeviceCrowded() | events.DeviceCleared():
                 self._find(event.device)
             case events.InputsSpooled():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if i in state.book.inline))
@@ -106,6 +108,8 @@ class Mender:
                 | events.QueueSwitched()
                 | events.DiskFilled()
                 | events.DiskFreed()
+                | events.NotifierAttached()
+                | events.NotifierLeft()
             ):
                 pass
             case _:

@@ -27,6 +27,8 @@ import msgspec
 
 S_NS: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * S_NS
+CODES_MAX: Final = 10
+CODE_CHARS_MAX: Final = 64
 ACCURACY_JOBS: Final = 100
 ERROR_MAX: Final = 10.0
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
@@ -107,6 +109,7 @@ class YieldWhy(enum.StrEnum):
     CANCEL = "cancel"  # cancelled
     DEADLINE = "deadline"  # expired
     STOPPING = "stopping"  # paused: DaemonStopping
+    ELSEWHERE = "elsewhere"  # back to queued: a process outside needs the memory
 
 
 class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -130,6 +133,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     errors_crc: int = 0
     done: int = 0  # result records
     failed: int = 0  # error records
+    failure_codes: dict[str, int] = {}  # of the error records, by code; at most CODES_MAX codes and `other`
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -199,6 +203,16 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     last: int
 
 
+class Notifier(msgspec.Struct, frozen=True, kw_only=True):
+    """What a notifier said that it can reach, and since when it is gone."""
+
+    names: tuple[str, ...] = ()  # endpoints that users may name
+    admin_names: tuple[str, ...] = ()  # endpoints that only administrators may name
+    url_hosts: tuple[str, ...] = ()  # patterns: a host, `*.DOMAIN`, `*`
+    mail_domains: tuple[str, ...] = ()  # the same
+    left_ns: int = 0  # 0: it is here
+
+
 ParamValue = str | int | float | bool
 
 # Shared by every job that has none: containers in a record are replaced, never changed in place.
@@ -230,6 +244,8 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     retry_of: int = 0  # 0: not a retry
     inline_seq: int = 0  # journal record that holds the input; 0: the spool does
     reservation_id: int = 0  # Submitted.reservation_id: its input came in as the spool's incoming/<this>
+    notify: tuple[str, ...] = ()  # whom the notifier tells; the daemon itself tells nobody
+    notify_on: tuple[str, ...] = ()  # when
 
     # Persistent: where it is now.
     state: JobState = JobState.QUEUED
@@ -315,8 +331,12 @@ class Turn(msgspec.Struct, kw_only=True):
 
 class DeviceState(enum.StrEnum):
     OK = "ok"
-    UNHEALTHY = "unhealthy"
-    BUSY_ELSEWHERE = "busy_elsewhere"
+    UNHEALTHY = "unhealthy"  # it fails work: one job at a time tries it, with a canary
+    BUSY_ELSEWHERE = "busy_elsewhere"  # others leave too little memory for some handler; the rest go on
+    DRIVER_MISMATCH = "driver_mismatch"  # no process can begin to use it: only handlers that are loaded go on
+
+
+ELSEWHERE_WHY: Final = "OtherProcesses"  # the reason of BUSY_ELSEWHERE
 
 
 class Device(msgspec.Struct, kw_only=True):
@@ -324,8 +344,11 @@ class Device(msgspec.Struct, kw_only=True):
 
     name: str  # "cuda:0", "cpu"
     state: DeviceState = DeviceState.OK
-    reason: str = ""  # one word: WorkerUnkillable, CanaryFailed, RepeatedFailures
+    reason: str = ""  # one word; PROTOCOL.md, DeviceView, has them all
     reason_detail: str = ""
+    since_ns: int = 0  # when it came into this state; 0: it has always been in it
+    room_bytes: int = -1  # what processes that are not ours leave of its memory; -1: enough for every handler
+    cramped: dict[str, int] = {}  # handler -> room in which it ran out of memory, until that is over
     failed_jobs: tuple[int, ...] = ()  # different jobs whose leases were lost here, in a row
     relapses: int = 0  # times it fell ill without a checkpoint between: the wait for the next try doubles
     retry_at_ns: int = 0  # when an unhealthy device gets its next canary
@@ -351,6 +374,7 @@ class Learned(msgspec.Struct, kw_only=True):
     name: str
     load_ns: int = 0  # moving mean of load times; 0: never loaded
     vram_bytes: int = 0  # largest peak seen
+    load_bytes: int = 0  # what the latest load took: it cannot do with less
     load_spread_ns: int = 0  # moving mean of their distance from the mean
     item_ns: int = 0  # moving mean of device time per item; 0: none measured
     item_spread_ns: int = 0  # moving mean of the distance from it
@@ -530,6 +554,7 @@ class State(msgspec.Struct, kw_only=True):
     disk_detail: str = ""
     stopping: bool = False  # the daemon is on its way down: start nothing
     store_id: str = ""
+    notifier: Notifier | None = None  # the latest that was here; None: none ever was
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
     accuracy: Accuracy = NO_ACCURACY  # of all tenants together
 

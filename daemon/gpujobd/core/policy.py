@@ -28,6 +28,7 @@ from typing import Final
 
 import msgspec
 
+from gpujobd.core import residency
 from gpujobd.core.leases import rests
 from gpujobd.core.model import (
     S_NS,
@@ -80,9 +81,12 @@ class Survey(msgspec.Struct, frozen=True):
     blocked: dict[str, str]  # handler -> why
 
 
-def survey(state: State, rules: Rules, now_ns: int) -> Survey:
-    """Cost: the number of tenants that have jobs in line, whatever the number of jobs."""
+def survey(state: State, rules: Rules, now_ns: int, device: Device | None = None) -> Survey:
+    """With a device: only what that one takes. Cost: the number of tenants in line, whatever the number of jobs."""
     look = _Look(state, rules, now_ns)
+    if device is not None:
+        refused = (name for name in rules.handlers if not residency.takes(state, rules, device, name))
+        look.blocked |= dict.fromkeys(refused, f"{device.name} does not take it")
     found: list[Claim] = []
     for lines in state.book.lines.values():
         if len(lines) == 1:
@@ -96,8 +100,8 @@ def survey(state: State, rules: Rules, now_ns: int) -> Survey:
 
 
 def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
-    """Handlers in backoff after a failed load, and handlers that are not configured any more."""
-    blocked = {}
+    """Handlers in backoff after a failed load, without a device that takes them, or not configured any more."""
+    blocked = {name: detail for name, (_, detail) in shut_out(state, rules, now_ns).items()}
     for name, learned in state.learned.items():
         if name not in rules.handlers:
             blocked[name] = f"handler {name} is not configured"
@@ -105,6 +109,25 @@ def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
             wait_s = (learned.retry_at_ns - now_ns) / S_NS
             blocked[name] = f"handler {name} failed to load, next try in {wait_s:.0f} s: {learned.failure}"
     return blocked
+
+
+def shut_out(state: State, rules: Rules, now_ns: int) -> dict[str, tuple[Reason, str]]:
+    """Handlers that no usable device takes, for its driver or for the memory that others hold there; and why."""
+    if all(residency.takes_all(device) for device in state.devices.values()):
+        return {}
+    devices = [device for device in state.devices.values() if usable(device, now_ns)]
+    return {
+        name: _shut_reason(devices)
+        for name in rules.handlers
+        if devices and not any(residency.takes(state, rules, device, name) for device in devices)
+    }
+
+
+def _shut_reason(devices: list[Device]) -> tuple[Reason, str]:
+    crowded = [device for device in devices if device.state is not DeviceState.DRIVER_MISMATCH]
+    first = (crowded or devices)[0]
+    detail = f"{first.name}: {first.reason_detail or first.reason}"
+    return Reason.DEVICE_BUSY_ELSEWHERE if crowded else Reason.DEVICE_UNHEALTHY, detail
 
 
 class _Look:
@@ -180,10 +203,8 @@ def may_start(state: State) -> bool:
 
 
 def usable(device: Device, now_ns: int) -> bool:
-    """Healthy, or due for another try."""
-    if device.state is DeviceState.UNHEALTHY:
-        return not rests(device.retry_at_ns, now_ns)
-    return device.state is DeviceState.OK
+    """Healthy, or due for another try. Whom it takes is another question (residency.py)."""
+    return device.state is not DeviceState.UNHEALTHY or not rests(device.retry_at_ns, now_ns)
 
 
 def free_devices(state: State, now_ns: int) -> list[Device]:
@@ -199,8 +220,13 @@ def slice_of(tenants: int, rules: Rules) -> int:
     return min(rules.slice_ns, max(SLICE_MIN_NS, ROUND_NS // tenants))
 
 
+def claims_on(state: State, rules: Rules, device: Device, claims: list[Claim], now_ns: int) -> list[Claim]:
+    """Of all claims those on this device: whose first job it does not take, claims with the first that it does."""
+    return claims if residency.takes_all(device) else survey(state, rules, now_ns, device).claims
+
+
 def choose(state: State, rules: Rules, device: Device, claims: list[Claim]) -> tuple[Claim, bool] | None:
-    """The claim this free device goes to, and whether a new turn begins with it."""
+    """The claim this free device goes to, and whether a new turn begins with it. It takes all of these."""
     if not claims:
         return None
     top = claims[0].level
@@ -269,9 +295,10 @@ def due_yield(
 ) -> tuple[Device, Claim, YieldWhy] | None:
     """The next lease to ask back, for whom, and why. Claims that a yielding device will serve are passed over."""
     leased = [device for device in state.devices.values() if device.lease]
+    claims = _second_choices(state, rules, leased, claims, now_ns)
     running = [device for device in leased if device.lease and device.lease.yield_why is None]
     running.sort(key=lambda device: _strength(state, rules, device, now_ns))
-    covered = len(leased) - len(running) + len(free_devices(state, now_ns))
+    covered = len(leased) - len(running)  # a device that is free by now takes none of these claims
     saving: set[str] = (
         set()
     )  # devices that are on their way to earn a load: only loaded handlers go before it
@@ -289,6 +316,17 @@ def due_yield(
                 return device, claim, why
             saving.add(device.name)
     return None
+
+
+def _second_choices(
+    state: State, rules: Rules, devices: list[Device], claims: list[Claim], now_ns: int
+) -> list[Claim]:
+    """All claims, and those that only come up where a device does not take a tenant's first job."""
+    known = {claim.job.job_id: claim for claim in claims}
+    for device in devices:
+        for claim in claims_on(state, rules, device, claims, now_ns):
+            known.setdefault(claim.job.job_id, claim)
+    return claims if len(known) == len(claims) else sorted(known.values(), key=Claim.key)
 
 
 def _uncharged_ns(device: Device, now_ns: int) -> int:
@@ -312,6 +350,8 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     """Whether this claim comes before what the device runs, the price of a load apart."""
     lease = device.lease
     assert lease is not None, device.name
+    if not residency.takes(state, rules, device, claim.job.handler):
+        return None
     if claim.level > lease.level:
         return None if _stands_behind(claim.job, state.jobs[lease.job_id]) else YieldWhy.PRIORITY
     if claim.level < lease.level or claim.job.tenant == lease.tenant:
@@ -385,14 +425,15 @@ def _sleep_reason(job: Job, now_ns: int) -> tuple[Reason, str] | None:
 
 
 def _resource_reason(state: State, rules: Rules, job: Job, now_ns: int) -> tuple[Reason, str] | None:
+    shut = shut_out(state, rules, now_ns).get(job.handler)
+    if shut is not None:
+        return shut
     why = blocked_handlers(state, rules, now_ns).get(job.handler)
     if why is not None:
         return Reason.HANDLER_FAILING, why
     devices = list(state.devices.values())
     if any(device.lease or usable(device, now_ns) for device in devices):
         return None
-    if devices and all(device.state is DeviceState.BUSY_ELSEWHERE for device in devices):
-        return Reason.DEVICE_BUSY_ELSEWHERE, f"{devices[0].name} is used by something else"
     ill = next((device for device in devices if device.state is DeviceState.UNHEALTHY), None)
     if ill is None:
         return Reason.DEVICE_UNHEALTHY, "there is no device"
@@ -452,8 +493,9 @@ def _owed(tenant: str, owed_s: float, overdue: bool) -> str:
 
 def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tuple[Reason, str]:
     """It is the next of all: what does the device do meanwhile?"""
-    busy = [(device, device.lease) for device in state.devices.values() if device.lease]
-    if not busy or free_devices(state, now_ns):
+    fit = [d for d in state.devices.values() if residency.takes(state, rules, d, claim.job.handler)]
+    busy = [(device, device.lease) for device in fit if device.lease]
+    if not busy or any(device.lease is None and usable(device, now_ns) for device in fit):
         return Reason.RESOURCES, "about to start"
     device, lease = min(busy, key=lambda pair: _strength(state, rules, pair[0], now_ns))
     running = named(state.jobs[lease.job_id], claim.job)

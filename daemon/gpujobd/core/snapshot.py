@@ -26,6 +26,7 @@ from gpujobd.core.model import (
     Device,
     Job,
     Learned,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -62,6 +63,7 @@ class House(Piece, frozen=True, tag="house"):
     stopping: bool
     store_id: str
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    notifier: Notifier | None = None
     accuracy: Accuracy = NO_ACCURACY
 
 
@@ -119,6 +121,7 @@ def _house(state: State) -> House:
         stopping=state.stopping,
         store_id=state.store_id,
         arrivals=state.arrivals,
+        notifier=state.notifier,
         accuracy=state.accuracy,
     )
 
@@ -197,6 +200,7 @@ def _state(house: House) -> State:
         stopping=house.stopping,
         store_id=house.store_id,
         arrivals=house.arrivals,
+        notifier=house.notifier,
         accuracy=house.accuracy,
     )
 
