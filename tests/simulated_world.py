@@ -68,7 +68,7 @@ RULES: Final = Rules(
     aging_ns=900 * S_NS,
     wait_max_ns=300 * S_NS,
     tenants={"alice": TenantRule(share=4.0, queued_jobs_max=4)},
-    handlers={"embed": HandlerRule(), "rerank": HandlerRule(), "ocr": HandlerRule()},
+    handlers={"embed": HandlerRule(), "rerank": HandlerRule(vram_bytes=30 << 30), "ocr": HandlerRule()},
 )
 KILLER: Final = 13  # this line of every job of carol kills its worker
 
@@ -102,9 +102,10 @@ class World:
                 self.somebody_wants,
                 self.workers_work,
                 self.house_keeping,
+                self.look_from_outside,
                 self.stop_or_crash,
             ),
-            (20, 40, 40, 4, 2),
+            (20, 40, 40, 4, 6, 2),
         )[0]()
         if self.luck.random() < 0.7:
             self.commit()
@@ -337,6 +338,20 @@ class World:
             if isinstance(stale, inputs.Report) and not self.is_current(stale):
                 assert not decide(self.head, self.rules, stale, self.now_ns), stale
 
+    def look_from_outside(self) -> None:
+        """Strangers come and go, drivers are replaced, devices are lost; mostly all is well."""
+        luck = self.luck
+        device = luck.choice(self.devices)
+        troubles = ("DriverMismatch", "DeviceLost", "ComputeProhibited")
+        trouble = luck.choice(troubles) if luck.random() < 0.15 else ""
+        room = luck.choice((-1, -1, 0, 1, 6, 20, 31)) << 30 if luck.random() < 0.6 else -1
+        self.give(
+            inputs.DeviceSeen(device=device, trouble=trouble, total_bytes=80 << 30, room_bytes=max(-1, room))
+        )
+        lease = self.head.devices[device].lease
+        if lease is not None and luck.random() < 0.3:
+            self.give(inputs.MemoryWanted(device=device, attempt=lease.attempt))
+
     def is_current(self, given: inputs.Report) -> bool:
         device = self.head.devices.get(given.device)
         return bool(device and device.lease and device.lease.attempt == given.attempt)
@@ -346,7 +361,10 @@ class World:
     def check_work_conserved(self) -> None:
         head = self.head
         if policy.may_start(head) and policy.free_devices(head, self.now_ns):
-            assert not policy.survey(head, self.rules, self.now_ns).claims, "a device is idle and a job waits"
+            claims = policy.survey(head, self.rules, self.now_ns).claims
+            for device in policy.free_devices(head, self.now_ns):
+                theirs = policy.claims_on(head, self.rules, device, claims, self.now_ns)
+                assert not theirs, f"{device.name} is idle and a job waits"
 
     def check(self) -> None:
         for state in (self.head, self.facts):
@@ -473,6 +491,9 @@ class Worker:
                 self.point, deferred=(), done=self.point.done + len(self.point.deferred)
             )
             return [self.report(inputs.Finished)]
+        if luck.random() < 0.02:  # it ran out of memory beside others
+            room_bytes = luck.choice((0, 1, 8, 40)) << 30
+            return [msgspec.structs.replace(self.report(inputs.GaveBack), cramped_bytes=room_bytes)]
         return [self.report(inputs.GaveBack if lease.yield_why else inputs.CheckpointReached)]
 
     def kills(self, line: int) -> bool:
@@ -499,7 +520,10 @@ class Worker:
             )
         self.loaded = True
         return inputs.Loaded(
-            device=lease.device, handler=lease.handler, load_ns=self.luck.choice((1, 9)) * S_NS
+            device=lease.device,
+            handler=lease.handler,
+            load_ns=self.luck.choice((1, 9)) * S_NS,
+            vram_bytes=self.luck.choice((0, 2, 25)) << 30,
         )
 
     def die(self, cause: str, suspects: tuple[Span, ...] = ()) -> inputs.AnyInput:

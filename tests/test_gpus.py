@@ -6,18 +6,24 @@ The scenes run the supervisor over real worker processes, and each look is a rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import trio
 from fake_driver import Driver, a_gpu
-from gpujobd import gpus, nvml, supervisor, worker
+from gpujobd import gpus, nvml, protocol, supervisor, worker
 from gpujobd.core import inputs
 from gpujobd.core.model import Device, DeviceState, YieldWhy
 from gpujobd.gpus import gpu_of, sight, visible
 from gpujobd.nvml import Gpu, Look, Nvml, Process
+from harness import HANDLERS, Host, as_user
+from harness import until as wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_supervisor import Bench, fake, running, until
@@ -49,6 +55,11 @@ def test_memory_that_nobody_is_seen_to_hold_is_not_ours() -> None:
 def test_where_pids_mean_nothing_the_estimate_is_ours_and_nobody_is_accused() -> None:
     seen = sight(of(12 * GIB, (1, 11 * GIB)), {700: "embed"}, 11 * GIB)
     assert (seen.others, seen.foreign_bytes, seen.room_bytes) == ((), GIB, TOTAL - GIB)
+
+
+def test_worker_that_still_loads_is_no_stranger_where_pids_are_known_to_mean_nothing() -> None:
+    seen = sight(of(6 * GIB, (1, 6 * GIB)), {700: "embed"}, 11 * GIB, foreign_pids=True)
+    assert (seen.others, seen.foreign_bytes, seen.room_bytes) == ((), 0, -1)
 
 
 def test_sizes_that_are_not_told_are_estimated_and_others_still_named() -> None:
@@ -208,6 +219,20 @@ async def test_handler_without_a_place_is_not_loaded_and_the_lease_goes_back(
         assert "Loaded" not in b.kinds()
 
 
+async def test_core_that_leases_all_the_same_is_told_again_what_was_seen(
+    tmp_path: Path, driver: Driver
+) -> None:
+    """Else it would do so for ever: it has forgotten the driver for another illness, say."""
+    driver.tells("mismatch")
+    async with running(house(tmp_path, driver)) as b:
+        for job in (1, 2, 3):
+            b.lease(job, "a", device="cuda:0")
+            back = await b.until(inputs.GaveBack, job)
+            before = b.reports[b.reports.index(back) - 1]
+            assert isinstance(before, inputs.DeviceSeen)
+            assert before.trouble == "DriverMismatch"
+
+
 async def test_load_that_runs_out_of_memory_beside_others_is_no_failure(
     tmp_path: Path, driver: Driver
 ) -> None:
@@ -285,6 +310,46 @@ async def test_gpu_that_is_lost_is_known_by_its_uuid_though_the_others_move_up(
         b.state.devices["cuda:1"].state = DeviceState.OK
 
 
+async def test_container_that_sees_foreign_pids_accuses_nobody_and_keeps_its_models(
+    tmp_path: Path,
+    driver: Driver,
+) -> None:
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        driver.tells(gpus=[a_gpu(used=11 * GIB, processes=[[1, 11 * GIB]])])
+        looks = driver.looks()
+        await until(lambda: driver.looks() > looks + 1)
+        await until(lambda: b.supervisor._gpus._foreign_pids)
+        hardware = b.supervisor.hardware("cuda:0")
+        assert hardware is not None
+        assert hardware.sight is not None
+        assert (hardware.sight.others, hardware.sight.room_bytes) == ((), -1)
+        b.lease(2, "b", device="cuda:0")
+        await b.until(inputs.Finished, 2)
+        assert not [r for r in b.reports if isinstance(r, inputs.Unloaded)]
+
+
+async def test_replaced_driver_is_let_go_by_workers_that_nobody_needs(
+    tmp_path: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "UNUSED_S", 0.2)
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        driver.tells("mismatch")
+        await b.until(inputs.DeviceSeen, where=lambda look: bool(look.trouble))
+        b.state.devices["cuda:0"].state = DeviceState.DRIVER_MISMATCH
+        await b.until(inputs.Unloaded)
+
+
+async def test_exclusive_gpu_holds_one_model_at_a_time(tmp_path: Path, driver: Driver) -> None:
+    driver.tells(gpus=[a_gpu(mode=3)])
+    async with running(house(tmp_path, driver)) as b:
+        await served(b)
+        b.lease(2, "b", device="cuda:0")
+        await b.until(inputs.Finished, 2)
+        assert [r.handler for r in b.reports if isinstance(r, inputs.Unloaded)] == ["a"]
+
+
 async def test_host_without_gpus_never_sees_a_look(tmp_path: Path, driver: Driver) -> None:
     b = house(tmp_path, driver)
     b.state.devices = {"cpu": Device(name="cpu")}
@@ -348,3 +413,81 @@ async def test_others_count_with_the_most_they_held_lately(
     for held in (10, 70, 0, 0):
         await known._take(Look(gpus=(of(held * GIB, uuid="GPU-a"),)))
     assert [look.room_bytes // GIB for look in reports] == [70, 10, 10, 10]
+
+
+# --- the whole daemon -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Where other users may go, too."""
+    folder = Path(tempfile.mkdtemp(prefix="gpujobd-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def host(open_folder: Path) -> Iterator[tuple[Host, Driver]]:
+    driver = Driver(open_folder / "nvml")
+    handler = f'entry = "toys:Nothing"\npath = ["{HANDLERS}", "{driver.folder}"]\nvram_gib = 30\n'
+    driver.tells(gpus=[a_gpu(used=70 * GIB, processes=[[os.getpid(), 70 * GIB]], busy=93)])
+    with Host(open_folder / "host", 'devices = ["cuda:0"]\n', {"toy": handler}) as host:
+        yield host, driver
+
+
+def device_of(host: Host) -> protocol.DeviceView:
+    with host.client() as client:
+        (device,) = client.ask(protocol.Devices).devices
+        assert isinstance(device, protocol.DeviceView)
+        return device
+
+
+def test_job_waits_for_those_who_hold_the_device_and_runs_when_they_leave(host: tuple[Host, Driver]) -> None:
+    daemon, driver = host
+    with daemon.client() as client:
+        job = client.submit("toy", [{}] * 3).job
+        waits = wait_until(
+            lambda: (j := client.job(job)).reason == "DeviceBusyElsewhere" and j, "it to wait for others"
+        )
+    assert waits.reason_detail == (
+        f"cuda:0: other processes hold 70.0 GiB of 80.0 GiB: pid {os.getpid()} 70.0 GiB"
+    )
+    shown = daemon.jobctl("device").stdout
+    for word in (
+        "busy_elsewhere since",
+        "OtherProcesses: other processes hold 70.0 GiB",
+        "93 % busy",
+        "41 °C",
+        "driver 610.43",
+        "not ours: 70.0 GiB",
+    ):
+        assert word in shown, shown
+    driver.tells(gpus=[a_gpu()])
+    wait_until(lambda: device_of(daemon).state == "ok", "a look that sees them gone")
+    with daemon.client() as client:
+        wait_until(lambda: client.job(job).state == "completed", "it to run")
+    entries = daemon.log()
+    assert "device cuda:0 is busy elsewhere" in entries
+    assert "device cuda:0 has room for every handler again" in entries
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="other users can only be played by root")
+def test_whose_processes_they_are_is_for_administrators(host: tuple[Host, Driver]) -> None:
+    daemon, _ = host
+    (named,) = device_of(daemon).others
+    assert (named.pid, named.user) == (os.getpid(), "root")
+    assert named.command == psutil.Process().name()
+    (unnamed,) = as_user(30_104, lambda: device_of(daemon).others)
+    assert unnamed == protocol.OtherView(pid=os.getpid(), bytes=70 * GIB)
+
+
+def test_without_nvml_it_is_said_so_and_jobs_run(open_folder: Path) -> None:
+    handler = f'entry = "toys:Nothing"\npath = ["{HANDLERS}", "{open_folder}"]\n'
+    (open_folder / "pynvml.py").write_text("raise ImportError('none here')\n")
+    with Host(open_folder / "host", 'devices = ["cuda:0"]\n', {"toy": handler}) as daemon:
+        with daemon.client() as client:
+            job = client.submit("toy", [{}]).job
+            wait_until(lambda: client.job(job).state == "completed", "it to run")
+        assert str(device_of(daemon).unseen).startswith("no NVML: ")
+        assert "no NVML: " in daemon.jobctl("device").stdout

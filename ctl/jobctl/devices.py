@@ -9,8 +9,8 @@ from gpujobd import protocol as p
 from msgspec import UNSET
 
 from jobctl.describe import device_page, given
-from jobctl.table import Column, size, table
-from jobctl.times import relative
+from jobctl.table import Column, clean, size, table
+from jobctl.times import relative, told
 
 HOLDERS = (
     Column("PID", right=True),
@@ -21,7 +21,7 @@ HOLDERS = (
 
 
 def devices_page(devices: Sequence[p.DeviceView], at: dt.datetime) -> str:
-    """The table, then each device that more is known of."""
+    """The table, then each device that more is known of; what the table shortens is whole there."""
     return "\n".join([device_page(devices), *(text for d in devices if (text := _details(d, at)))])
 
 
@@ -33,13 +33,15 @@ def _details(device: p.DeviceView, at: dt.datetime) -> str:
 
 
 def _facts(device: p.DeviceView, at: dt.datetime) -> Iterator[str]:
-    if device.since is not UNSET:
-        yield f"{device.state} since {relative(device.since, at)}"
+    why = ": ".join(clean(part) for part in (given(device.reason), given(device.reason_detail)) if part)
+    if device.since is not UNSET or why:
+        since = f" since {told(device.since, at)}" if device.since is not UNSET else ""
+        yield device.state + since + (f": {why}" if why else "")
     if device.unseen is not UNSET:
-        yield device.unseen
+        yield clean(device.unseen)
     if device.seen_at is UNSET:
         return
-    driver = f", driver {device.driver}" if device.driver is not UNSET else ""
+    driver = f", driver {clean(device.driver)}" if device.driver is not UNSET else ""
     yield f"seen {relative(device.seen_at, at)}{driver}"
     figures = ", ".join(_figures(device))
     if figures:
@@ -57,7 +59,7 @@ def _figures(device: p.DeviceView) -> Iterator[str]:
         limit = f" of {device.power_limit_w:.0f}" if device.power_limit_w is not UNSET else ""
         yield f"{device.power_w:.0f}{limit} W"
     if device.throttled is not UNSET:
-        yield f"held back by {', '.join(device.throttled)}"
+        yield f"held back by {clean(', '.join(device.throttled))}"
 
 
 def _holders(device: p.DeviceView) -> Iterator[tuple[str, str, str, str]]:

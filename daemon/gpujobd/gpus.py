@@ -76,17 +76,25 @@ class Sight(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def sight(gpu: Gpu, mine: Mapping[int, str], estimated_bytes: int, most_bytes: int = 0) -> Sight:
+def sight(
+    gpu: Gpu,
+    mine: Mapping[int, str],
+    estimated_bytes: int,
+    most_bytes: int = 0,
+    *,
+    foreign_pids: bool = False,
+) -> Sight:
     """Tell ours from others'. `mine`: pid -> handler; `estimated_bytes`: what our workers there should hold.
 
     Where none of ours is listed although they hold something, pids are told as another namespace counts them, or not
-    at all: then the estimate is ours, and nobody else is named. `most_bytes`: that others held lately.
+    at all (`foreign_pids`: that is known from before): then the estimate is ours, and nobody else is named.
+    `most_bytes`: that others held lately.
     """
     held: dict[str, int] = {}
     listed = [process for process in gpu.processes if process.pid in mine]
     for process in listed:
         held[mine[process.pid]] = held.get(mine[process.pid], 0) + (process.bytes or 0)
-    blind = bool(estimated_bytes) and not any(held.values())
+    blind = foreign_pids or (bool(estimated_bytes) and not any(held.values()))
     ours = estimated_bytes if blind else sum(held.values())
     foreign = max(0, min(gpu.used_bytes, gpu.total_bytes) - ours)
     others = () if blind and not listed else tuple(p for p in gpu.processes if p.pid not in mine)
@@ -137,12 +145,13 @@ class Gpus:
         self._state, self._workers, self._report, self._seen = state, workers, report, seen
         self._nvml = Nvml(config)
         self._sights: dict[str, Sight] = {}
-        self._troubles: dict[str, tuple[str, str]] = {}
+        self._told: dict[str, inputs.DeviceSeen] = {}
         self._uuids: dict[str, str] = {}
         self._foreign: dict[str, collections.deque[tuple[float, int]]] = {}
         self._looked_at = self._good_at = -math.inf
         self._failures = 0
         self._look = Look()
+        self._foreign_pids = False  # as another namespace counts them
         self._wanted = False
         self._due = trio.Event()
         self._done = trio.Event()
@@ -163,7 +172,13 @@ class Gpus:
 
     def stands_still(self, device: str) -> bool:
         """Whether no process can begin to use it, whatever the core may think of it yet."""
-        return bool(self._troubles.get(device, ("", ""))[0])
+        told = self._told.get(device)
+        return told is not None and bool(told.trouble)
+
+    def tell(self, device: str) -> None:
+        """What the last look saw, to the core: again, where the core does not seem to go by it."""
+        if device in self._told:
+            self._report(self._told[device])
 
     def fresh(self, device: str) -> bool:
         """Whether a worker can be started by what is known; if not, a look is on its way."""
@@ -249,24 +264,38 @@ class Gpus:
     def _see(self, name: str, look: Look, mine: Mapping[int, str], people: People, now: float) -> None:
         gpu = self._find(name, look)
         self._sights.pop(name, None)
-        trouble, detail = self._troubles[name] = self._trouble(name, look, gpu)
-        if trouble or gpu is None or gpu.trouble:
-            self._report(inputs.DeviceSeen(device=name, trouble=trouble, detail=detail))
-            return
-        workers = [worker for worker in self._workers() if worker.device == name]
-        estimated = sum(worker.vram_bytes + CONTEXT_BYTES for worker in workers if worker.loaded)
-        plain = sight(gpu, mine, estimated)
-        seen = sight(gpu, mine, estimated, self._most(name, plain.foreign_bytes, now))
-        self._sights[name] = msgspec.structs.replace(
-            seen, driver=look.driver, people=people, seen_ns=time.time_ns()
-        )
-        for worker in workers:
-            worker.see_others(seen.foreign_bytes)
-        self._report(
-            inputs.DeviceSeen(
+        trouble, detail = self._trouble(name, look, gpu)
+        self._told[name] = inputs.DeviceSeen(device=name, trouble=trouble, detail=detail)
+        if not trouble and gpu is not None and not gpu.trouble:
+            seen = self._sights[name] = self._measure(name, look, gpu, mine, people, now)
+            self._told[name] = inputs.DeviceSeen(
                 device=name, detail=_crowd(seen), total_bytes=gpu.total_bytes, room_bytes=seen.room_bytes
             )
-        )
+        self.tell(name)
+
+    def _measure(
+        self, name: str, look: Look, gpu: Gpu, mine: Mapping[int, str], people: People, now: float
+    ) -> Sight:
+        workers = [worker for worker in self._workers() if worker.device == name]
+        if any(worker.loaded for worker in workers):
+            self._foreign_pids = not any(process.pid in mine for process in gpu.processes)
+        estimated = self._estimate(workers)
+        plain = sight(gpu, mine, estimated, foreign_pids=self._foreign_pids)
+        most = self._most(name, plain.foreign_bytes, now)
+        seen = sight(gpu, mine, estimated, most, foreign_pids=self._foreign_pids)
+        for worker in workers:
+            worker.see_others(seen.foreign_bytes)
+        return msgspec.structs.replace(seen, driver=look.driver, people=people, seen_ns=time.time_ns())
+
+    def _estimate(self, workers: Iterable[Worker]) -> int:
+        """What they should hold; those that are still loading only where the driver cannot tell ours at all."""
+        learned = self._state().learned
+        total = 0
+        for worker in workers:
+            if worker.loaded or self._foreign_pids:
+                known = learned.get(worker.name)
+                total += max(worker.vram_bytes, known.load_bytes if known else 0) + CONTEXT_BYTES
+        return total
 
     def _find(self, name: str, look: Look) -> Gpu | None:
         for worker in self._workers():

@@ -121,7 +121,7 @@ def _of_the_house(event: AnyEvent, name: Namer) -> None:
             log.info("device %s has room for every handler again", event.device, extra=extra)
         case DriverMismatched():
             extra = kind("driver_mismatched", device=event.device)
-            log.error("device %s: the driver was changed: %s", event.device, event.detail, extra=extra)
+            log.error("device %s: the driver was replaced: %s", event.device, event.detail, extra=extra)
         case DiskFilled():
             log.error("the disk is full, work waits: %s", event.detail, extra=kind("disk_filled"))
         case DiskFreed():

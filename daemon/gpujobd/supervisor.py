@@ -303,6 +303,9 @@ class Supervisor:
             if not self._gpus.fresh(grant.device):
                 return
             if not self._has_place(state, grant):
+                self._gpus.tell(
+                    grant.device
+                )  # BEFORE the lease goes back, or it would be granted again for ever
                 self._give_back(grant)
             elif self._has_room(state, grant.device, grant.handler):
                 self._hire(grant.device, grant.handler)
@@ -443,6 +446,8 @@ class Supervisor:
         _, total = self._known.get(device, ("", 0))
         if device == "cpu" or not total:
             return len(others) < CPU_WORKERS_MAX
+        if sight is not None and sight.gpu.compute_mode == "exclusive":
+            return False
         wanted = residency.wants_bytes(state, self._rules, name)
         learned = state.learned.get(name)
         if not wanted and not (learned and learned.load_ns):
@@ -467,7 +472,7 @@ class Supervisor:
             sight = self._gpus.sight(device.name)
             if sight is not None and self._stop_by is None:
                 self._return_memory(device, sight)
-            if device.state is DeviceState.DRIVER_MISMATCH and not any(self._state().book.ready):
+            if device.state is DeviceState.DRIVER_MISMATCH:
                 self._let_driver_go(device.name)
         self.poke()
 
