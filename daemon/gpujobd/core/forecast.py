@@ -27,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from gpujobd.core import policy
+from gpujobd.core import book, policy
 from gpujobd.core.model import Device, DeviceState, Job, JobState, Priority, Rules, State
 
 STEPS_MAX: Final = 10_000
@@ -171,7 +171,7 @@ class _Ahead:
             known = state.tenants.get(tenant)
             vtime_ns = known.vtimes_ns[level] if known else 0
             if state.book.present.get(tenant, (0, 0, 0))[level] == 0:
-                vtime_ns = max(vtime_ns, policy.floor_ns(state, level))
+                vtime_ns = max(vtime_ns, book.start_ns(state, level))
             line = self.lines[tenant, level] = _Line(tenant, level, self.rules.share(tenant), vtime_ns)
         return line
 
