@@ -80,6 +80,6 @@ if [ ! -d "$kept" ]; then
 fi
 touch "$kept" "$kept.lock"
 
-rm -f "$outdir"/{gpujobd,jobctl}_*.deb
+rm -f "$outdir"/{gpujobd,gpujobd-notify,jobctl}_*.deb
 cp "$kept"/*.deb "$outdir"
-ls "$outdir"/{gpujobd,jobctl}_*.deb
+ls "$outdir"/{gpujobd,gpujobd-notify,jobctl}_*.deb

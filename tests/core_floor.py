@@ -76,7 +76,13 @@ class Floor(House):
         if lease.loaded:
             self._next_batch(lease)
         else:
-            self._at(self.load_s.get(lease.handler, 0.0), lease)
+            self._at(self.load_takes_s(lease), lease)
+
+    def load_takes_s(self, lease: Lease) -> float:
+        return self.load_s.get(lease.handler, 0.0)
+
+    def batch_takes_s(self, lease: Lease, items: int) -> float:  # for floors where jobs differ
+        return items * self.item_ns / S_NS
 
     def _at(self, seconds: float, lease: Lease) -> None:
         self._order += 1
@@ -86,7 +92,7 @@ class Floor(House):
     def _next_batch(self, lease: Lease) -> None:
         job = self.job(lease.job_id)
         items = min(self.batch, job.left)
-        self._at(items * self.item_ns / S_NS, lease)
+        self._at(self.batch_takes_s(lease, items), lease)
 
     def _act(self, lease: Lease) -> None:
         if not lease.loaded:
@@ -110,7 +116,7 @@ class Floor(House):
         loaded = self.state.devices[lease.device].loaded
         for handler in loaded[: max(0, len(loaded) + 1 - self.room)]:
             self.give(inputs.Unloaded(device=lease.device, handler=handler))
-        load_s = self.load_s.get(lease.handler, 0.0)
+        load_s = (self.now_ns - lease.granted_ns) / S_NS
         self.loads += 1
         self.loading_s += load_s
         self.loaded(lease.device, load_s)

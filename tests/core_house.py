@@ -95,9 +95,14 @@ class House:
         lease = self.state.devices[device].lease
         return lease.job_id if lease else 0
 
-    def loaded(self, device: str = "cpu", load_s: float = 2.0, handler: str = "") -> list[AnyEvent]:
+    def loaded(
+        self, device: str = "cpu", load_s: float = 2.0, handler: str = "", vram_bytes: int = 0
+    ) -> list[AnyEvent]:
         handler = handler or self.lease(device).handler
-        return self.give(inputs.Loaded(device=device, handler=handler, load_ns=round(load_s * S_NS)))
+        load_ns = round(load_s * S_NS)
+        return self.give(
+            inputs.Loaded(device=device, handler=handler, load_ns=load_ns, vram_bytes=vram_bytes)
+        )
 
     def report(
         self, kind: Any, items: int | None = None, *, device: str = "cpu", used_s: float = 1.0, **more: Any

@@ -23,6 +23,7 @@ Rule 2: a new row or entry comes without a meaning, and a test refuses those: wh
 
 from __future__ import annotations
 
+import enum
 import re
 import sys
 import textwrap
@@ -192,7 +193,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 
 
 def message(kind: str) -> Callable[[str], tuple[Row, list[Row]]]:
-    """Fields of a request, a reply or a record, by its tag or name."""
+    """Fields of a request, a reply or a record, by its tag or name; `asked` and `answered` are the notifier's."""
 
     def rows(name: str) -> tuple[Row, list[Row]]:
         record = members(kind)[name]
@@ -206,12 +207,19 @@ def members(kind: str) -> dict[str, type]:
 
     if kind == "record":
         records = (
-            protocol.Job, protocol.Items, protocol.Forecast, protocol.JobTimings, protocol.DeviceView,
+            protocol.Job, protocol.Items, protocol.Forecast, protocol.Foretold, protocol.Accuracy, protocol.JobTimings,
+            protocol.DeviceView, protocol.HeldView, protocol.OtherView,
             protocol.HandlerView, protocol.TenantView, protocol.Usage, protocol.Switches,
+            protocol.NotificationView, protocol.EndpointView,
         )  # fmt: skip
         return {record.__name__.lower(): record for record in records}
-    union = protocol.AnyRequest if kind == "request" else protocol.AnyReply
-    return {record.__struct_config__.tag: record for record in typing.get_args(union)}
+    unions = {
+        "request": protocol.AnyRequest,
+        "reply": protocol.AnyReply,
+        "asked": protocol.AnyNotifierRequest,
+        "answered": protocol.AnyNotifierReply,
+    }
+    return {record.__struct_config__.tag: record for record in typing.get_args(unions[kind])}
 
 
 def error_codes() -> tuple[Row, list[Row]]:
@@ -236,6 +244,7 @@ def limits() -> tuple[Row, list[Row]]:
 
 LIMITS: Final = (
     "FRAME_BYTES_MAX", "INLINE_BYTES_MAX", "CHUNK_BYTES_MAX", "PAGE_JOBS_MAX", "IN_FLIGHT_MAX",
+    "NOTIFY_TARGETS_MAX", "NOTIFY_TARGET_CHARS_MAX", "ATTEND_WORDS_MAX", "ATTEND_WORD_CHARS_MAX", "PAGE_NOTIFICATIONS_MAX",
     "FIRST_FRAME_S", "FRAME_S", "IDLE_S", "WRITE_S", "PING_S", "OUT_BYTES_MAX", "CHUNK_S",
     "CONNECTIONS_MAX", "CONNECTIONS_RESERVED", "CONNECTIONS_PER_UID_MAX",
 )  # fmt: skip
@@ -390,6 +399,28 @@ def keys_of(section: str) -> Callable[[], Iterator[str]]:
     return lines
 
 
+def notify_keys_of(section: str) -> Callable[[], Iterator[str]]:
+    """The list of the keys of one section of notify.toml; `endpoint`: of those that every kind of endpoint has."""
+
+    def lines() -> Iterator[str]:
+        from gpujobd_notify import config
+
+        kinds = {
+            "webhook": config.WebhookEndpoint,
+            "mails": config.MailEndpoint,
+            "hook": config.HookEndpoint,
+        }
+        of_all = {field.name for field in msgspec.structs.fields(config.Endpoint)}
+        if section == "endpoint":
+            return _key_lines(config.Endpoint, "")
+        if section in kinds:
+            return (line for line in _key_lines(kinds[section], "") if _word_of(line) not in of_all)
+        every = _key_lines(config.File, "")
+        return (line for line in every if _word_of(line).rpartition(".")[0] == section)
+
+    return lines
+
+
 def handler_list() -> Iterator[str]:
     from gpujobd import config
 
@@ -427,6 +458,8 @@ def toml_type(kind: Any) -> str:
         return "array" if " or " in inner_words else f"array of {inner_words}s"
     if typing.get_origin(kind) is dict:
         return "table"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(f"\\(dq{one.value}\\(dq" for one in kind)
     names = {int: "integer", str: "string", bool: "boolean", float: "number"}
     return names[kind] if kind in names else toml_type(kind.__value__)
 
@@ -502,6 +535,20 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "keys worker": keys_of("worker"),
     "keys access": keys_of("access"),
     "keys tenants": keys_of("tenants"),
+    **{
+        f"notify keys {section}": notify_keys_of(section)
+        for section in (
+            "access",
+            "targets",
+            "webhooks",
+            "mail",
+            "limits",
+            "endpoint",
+            "webhook",
+            "mails",
+            "hook",
+        )
+    },
     "handler keys": handler_list,
     "exit codes": exit_list,
     "daemon exit codes": daemon_exit_list,
@@ -511,10 +558,13 @@ LISTS: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "yields": words(yields),
     "item codes": words(item_codes),
 }
-FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "record")}
+FAMILIES: Final = {kind: message(kind) for kind in ("request", "reply", "asked", "answered", "record")}
 FILES: Final[dict[str, Callable[[], str]]] = {"packaging/gpujobd.toml": configuration_file}
 DOCUMENTS: Final = ("README.md", "DESIGN.md", "PROTOCOL.md", "CONTRIBUTING.md")
-MANUALS: Final = ("man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7")
+MANUALS: Final = (
+    "man/gpujobd.8", "man/gpujobd.toml.5", "man/jobctl.1", "man/gpujobd-handler.7", "man/gpujobd-notify.8",
+    "man/gpujobd-notify.toml.5",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpujobd import protocol as p
 
@@ -38,19 +39,21 @@ class Descriptor:
 class Call:
     """One request, and which connection it came over."""
 
-    request: p.AnyRequest
+    request: Any
     connection: int
     answered: threading.Event = field(default_factory=threading.Event)
 
 
-Step = p.AnyReply | HangUp | Descriptor | None
+Step = p.AnyReply | p.AnyNotifierReply | HangUp | Descriptor | None
 Script = Callable[[Call], Iterable[Step]]
 
 
 class FakeDaemon:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, decode: Callable[[bytes], Any] = p.decode_request) -> None:
+        """`decode`: that of the notifier's requests makes it a notifier."""
         self.path = path
-        self.requests: list[p.AnyRequest] = []
+        self._decode = decode
+        self.requests: list[Any] = []
         self.connections = 0
         self.greetings: list[p.Hello] = []
         self.welcome: p.AnyReply = p.Welcome(p.VERSION, "gpujobd 0.0.fake", "boot", os.getuid())
@@ -124,7 +127,7 @@ class FakeDaemon:
             with sock:
                 while received := sock.recv(1 << 20):
                     for body in frames.feed(received):
-                        if not self._one(sock, number, p.decode_request(body)):
+                        if not self._one(sock, number, self._decode(body)):
                             return
         except OSError:
             pass

@@ -72,6 +72,11 @@ class Fake:
             print("about to fail", flush=True)
             self.send("load_failed", error="ImportError: no torch here", trace="Traceback: the whole of it\n")
             sys.exit(1)
+        if behave == "load_runs_out":
+            print("CUDA out of memory, says torch", flush=True)
+            error = "OutOfMemoryError: CUDA out of memory"
+            self.send("load_failed", error=error, trace="", out_of_memory=True)
+            sys.exit(1)
         if behave == "load_dies":
             os.kill(os.getpid(), signal.SIGSEGV)
         if behave == "load_hangs":
@@ -145,6 +150,14 @@ class Fake:
         self.report("finished", upto)
 
     deaf = work
+
+    def gives_way(self, lease: dict) -> None:
+        """An item does not fit beside others, who hold 30 GiB."""
+        if lease["gives_way"]:
+            self.report("yielded", 10)
+            self.last[1]["others_bytes"] = 30 << 30
+        else:
+            self.work(lease)
 
     def segfault(self, _: dict) -> None:
         self.report("checkpoint", 10)

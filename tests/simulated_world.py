@@ -28,7 +28,7 @@ from core_house import (
     persistent,
     submission,
 )
-from gpujobd.core import events, inputs, policy, snapshot
+from gpujobd.core import events, inputs, policy, residency, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.decide import Refused, decide, find_submitted
 from gpujobd.core.forecast import forecast
@@ -40,6 +40,7 @@ from gpujobd.core.model import (
     Checkpoint,
     Deferred,
     DeviceState,
+    Expected,
     HandlerRule,
     Job,
     JobState,
@@ -67,7 +68,7 @@ RULES: Final = Rules(
     aging_ns=900 * S_NS,
     wait_max_ns=300 * S_NS,
     tenants={"alice": TenantRule(share=4.0, queued_jobs_max=4)},
-    handlers={"embed": HandlerRule(), "rerank": HandlerRule(), "ocr": HandlerRule()},
+    handlers={"embed": HandlerRule(), "rerank": HandlerRule(vram_bytes=30 << 30), "ocr": HandlerRule()},
 )
 KILLER: Final = 13  # this line of every job of carol kills its worker
 
@@ -101,9 +102,10 @@ class World:
                 self.somebody_wants,
                 self.workers_work,
                 self.house_keeping,
+                self.look_from_outside,
                 self.stop_or_crash,
             ),
-            (20, 40, 40, 4, 2),
+            (20, 40, 40, 4, 6, 2),
         )[0]()
         if self.luck.random() < 0.7:
             self.commit()
@@ -170,6 +172,7 @@ class World:
                     inputs.DiskSpace(full=luck.random() < 0.2),
                     inputs.DiskSpace(full=False),
                     inputs.Spooled(job_ids=tuple(luck.choices(range(1, 50), k=3))),
+                    inputs.Foretell(jobs=tuple(self.expected() for _ in range(5))),
                     inputs.Unkillable(device=luck.choice(self.devices)),
                     inputs.Unloaded(device=luck.choice(self.devices), handler=luck.choice(HANDLERS)),
                 )
@@ -177,6 +180,13 @@ class World:
         )
         if luck.random() < 0.3:
             self.base, self.journal = list(snapshot.chunks(self.facts)), []
+
+    def expected(self) -> Expected:
+        job_id, finish_ns = (
+            self.luck.randrange(1, self.number + 2),
+            self.now_ns + self.luck.choice((0, 1, 900)) * S_NS,
+        )
+        return Expected(job_id, self.now_ns, self.now_ns, finish_ns, finish_ns + S_NS)
 
     def start(self) -> None:
         self.give(inputs.Start(boot_id=str(self.number), version="1", devices=self.devices))
@@ -209,8 +219,16 @@ class World:
     def somebody_wants(self) -> None:
         try:
             self.luck.choices(
-                (self.submit, self.burst, self.reserve, self.stream_ends, self.touch_a_job, self.switch),
-                (10, 2, 4, 4, 8, 1),
+                (
+                    self.submit,
+                    self.burst,
+                    self.reserve,
+                    self.stream_ends,
+                    self.touch_a_job,
+                    self.switch,
+                    self.notifier,
+                ),
+                (10, 2, 4, 4, 8, 1, 1),
             )[0]()
         except Refused as refusal:
             self.refused.add(refusal.code)
@@ -235,6 +253,8 @@ class World:
             begin_ns=0 if luck.random() < 0.8 else self.now_ns + luck.choice((-5, 5, 500)) * S_NS,
             deadline_ns=0 if luck.random() < 0.8 else self.now_ns + luck.choice((0, 10, 1000)) * S_NS,
             failures_max=luck.choice((-1, -1, -1, 0, 3)),
+            notify=luck.choice(((), (), (), ("ops",), ("mailto:a@example.org", "none"), ("none",))),
+            notify_on=luck.choice(((), (), (), ("finish", "progress=25%"), ("never",))),
         )
 
     def submit(self) -> None:
@@ -287,6 +307,14 @@ class World:
         else:
             self.give(kind(who=who, job_id=job_id))
 
+    def notifier(self) -> None:
+        """One comes, with what it can reach, or the last one goes."""
+        if self.luck.random() < 0.3:
+            self.give(inputs.Leave())
+        else:
+            names = self.luck.choice(((), ("ops",), ("ops", "lab")))
+            self.give(inputs.Attend(who=self.luck.choice(PEOPLE), names=names, mail_domains=("*.org",)))
+
     def switch(self) -> None:
         verb = self.luck.choice([*inputs.QueueVerb, inputs.QueueVerb.START, inputs.QueueVerb.ENABLE])
         self.give(inputs.SwitchQueue(who=self.luck.choice(PEOPLE), verb=verb))
@@ -310,6 +338,20 @@ class World:
             if isinstance(stale, inputs.Report) and not self.is_current(stale):
                 assert not decide(self.head, self.rules, stale, self.now_ns), stale
 
+    def look_from_outside(self) -> None:
+        """Strangers come and go, drivers are replaced, devices are lost; mostly all is well."""
+        luck = self.luck
+        device = luck.choice(self.devices)
+        troubles = ("DriverMismatch", "DeviceLost", "ComputeProhibited")
+        trouble = luck.choice(troubles) if luck.random() < 0.15 else ""
+        room = luck.choice((-1, -1, 0, 1, 6, 20, 31)) << 30 if luck.random() < 0.6 else -1
+        self.give(
+            inputs.DeviceSeen(device=device, trouble=trouble, total_bytes=80 << 30, room_bytes=max(-1, room))
+        )
+        lease = self.head.devices[device].lease
+        if lease is not None and luck.random() < 0.3:
+            self.give(inputs.MemoryWanted(device=device, attempt=lease.attempt))
+
     def is_current(self, given: inputs.Report) -> bool:
         device = self.head.devices.get(given.device)
         return bool(device and device.lease and device.lease.attempt == given.attempt)
@@ -319,7 +361,10 @@ class World:
     def check_work_conserved(self) -> None:
         head = self.head
         if policy.may_start(head) and policy.free_devices(head, self.now_ns):
-            assert not policy.survey(head, self.rules, self.now_ns).claims, "a device is idle and a job waits"
+            claims = policy.survey(head, self.rules, self.now_ns).claims
+            for device in policy.free_devices(head, self.now_ns):
+                theirs = [c for c in claims if residency.takes(head, self.rules, device, c.job.handler)]
+                assert not theirs, f"{device.name} is idle and a job waits"
 
     def check(self) -> None:
         for state in (self.head, self.facts):
@@ -365,7 +410,8 @@ class World:
         seen = policy.survey(self.head, self.rules, self.now_ns)
         waiting = [job for job in self.head.jobs.values() if job.state in (JobState.QUEUED, JobState.PAUSED)]
         for job in waiting:
-            reason, _ = policy.waiting_reason(self.head, self.rules, job, self.now_ns, seen)
+            reason, detail = policy.waiting_reason(self.head, self.rules, job, self.now_ns, seen)
+            assert detail, (reason, job)
             self.seen.add(reason)
         queued = [job.job_id for job in waiting if job.state is JobState.QUEUED]
         assert sorted(job.job_id for job in policy.order(self.head, self.rules, self.now_ns)) == sorted(
@@ -445,6 +491,9 @@ class Worker:
                 self.point, deferred=(), done=self.point.done + len(self.point.deferred)
             )
             return [self.report(inputs.Finished)]
+        if luck.random() < 0.02:  # it ran out of memory beside others
+            room_bytes = luck.choice((0, 1, 8, 40)) << 30
+            return [msgspec.structs.replace(self.report(inputs.GaveBack), cramped_bytes=room_bytes)]
         return [self.report(inputs.GaveBack if lease.yield_why else inputs.CheckpointReached)]
 
     def kills(self, line: int) -> bool:
@@ -471,7 +520,10 @@ class Worker:
             )
         self.loaded = True
         return inputs.Loaded(
-            device=lease.device, handler=lease.handler, load_ns=self.luck.choice((1, 9)) * S_NS
+            device=lease.device,
+            handler=lease.handler,
+            load_ns=self.luck.choice((1, 9)) * S_NS,
+            vram_bytes=self.luck.choice((0, 2, 25)) << 30,
         )
 
     def die(self, cause: str, suspects: tuple[Span, ...] = ()) -> inputs.AnyInput:

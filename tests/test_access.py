@@ -13,8 +13,9 @@ import pytest
 import trio
 import trio.testing
 from gpujobd import access
-from gpujobd.access import LOOK_UP_S, LOOK_UPS_MAX, NAMES_KEPT_S, Directory, Peer, peer
+from gpujobd.access import LOOK_UP_S, LOOK_UPS_MAX, NAMES_KEPT_S, Directory
 from gpujobd.config import Config, File
+from gpujobd.peer import SO_PEERGROUPS, Peer, peer
 from harness import as_user
 
 NAMES = {0: "root", 1001: "alice", 1002: "bob"}
@@ -171,7 +172,7 @@ def test_identity_is_that_of_the_caller_at_connect(tmp_path):
 def test_more_groups_than_fit_leave_the_first():
     class Crowded:
         def getsockopt(self, level, option, size):
-            if option == access.SO_PEERGROUPS:
+            if option == SO_PEERGROUPS:
                 raise OSError(errno.ERANGE, "too many")
             return struct.pack("3i", 1, 2, 3)
 

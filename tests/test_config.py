@@ -8,7 +8,8 @@ import sys
 
 import pytest
 from gpujobd import config
-from gpujobd.config import ConfigError, load
+from gpujobd.config import load
+from gpujobd.settings import ConfigError
 
 MAIN = [
     # text, line, key, words

@@ -17,10 +17,10 @@ import trio
 import trio.testing
 from gpujobd import connection as limits
 from gpujobd import protocol
-from gpujobd.access import Peer
 from gpujobd.connection import Connection, Connections
 from gpujobd.core.inputs import Who
 from gpujobd.guests import Guest
+from gpujobd.peer import Peer
 from gpujobd.protocol import Frames, frame
 from harness import HANG_S, Client, fake, hosted
 

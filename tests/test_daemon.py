@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 from gpujobd import protocol
 from harness import HANG_S, Client, Host, fake, hosted, until
+from jobctl import describe
 
 SLOW = "trouble:Slow"
 COUNT = "toys:Count"
@@ -201,6 +203,58 @@ def test_sighup_takes_a_good_configuration_and_keeps_the_old_one_over_a_bad_one(
         until(lambda: "the configuration stays as it was" in host.log(), "the refusal")
         assert "line 3: limits.items_per_job_max" in host.log()
         assert client.submit("count", texts(3)).limit == 2
+
+
+def test_shares_and_limits_of_a_reload_are_pushed_to_those_who_follow_and_in_force(tmp_path):
+    before = '[tenants.production]\nshare = 4\nmembers = ["@nobody"]\n'
+    with hosted(tmp_path / "host", before, count=fake(COUNT)) as host, host.client() as client:
+        client.ask(protocol.Queue, action="stop")
+        seen = client.ask(protocol.Tenants, follow=True).tenants
+        assert [(view.name, view.share, view.jobs_max) for view in seen] == [
+            ("production", 4.0, msgspec.UNSET)
+        ]
+        host.configure("[tenants.production]\nshare = 2\nqueued_jobs_max = 1\n", {})
+        host.process.send_signal(signal.SIGHUP)
+        view = next(pushed_tenants(client))
+        assert (view.share, view.jobs_max) == (2.0, 1)
+        with host.client() as other:
+            assert other.submit("count", texts(1), tenant="production").job
+            refused = other.submit("count", texts(1), tenant="production")
+            assert (refused.code, refused.limit) == ("quota", 1)
+        assert next(view for view in pushed_tenants(client) if view.queued).queued == 1
+
+
+def pushed_tenants(client):
+    while True:
+        reply = client.receive()
+        if isinstance(reply, protocol.TenantList):
+            yield reply.tenants[0]
+
+
+def test_the_first_forecast_of_a_job_is_kept_with_it_and_what_came_of_it_over_a_restart(tmp_path):
+    slow = fake(SLOW, batch_max=4, params={"item_s": 0.01})
+    with hosted(tmp_path / "host", slow=slow) as host:
+        with host.client() as client:
+            client.wait(client.submit("slow", texts(60)).job)  # what the handler's items cost
+            job = client.submit("slow", texts(100)).job
+            until(lambda: client.job(job).foretold is not msgspec.UNSET, "the first forecast")
+            told_then = client.job(job).foretold
+            assert told_then.made_at < told_then.finish_at < told_then.finish_by_90
+            (ended,) = client.wait(job)
+            error = (ended.finished_at - told_then.finish_at) / (told_then.finish_at - told_then.made_at)
+            assert ended.foretold.error == pytest.approx(error, abs=0.5)  # less than a second counts as one
+            assert ended.foretold.kept_90 == (ended.finished_at <= told_then.finish_by_90)
+            kept = client.ask(protocol.Tenants)
+            assert (kept.accuracy.jobs, kept.tenants[0].accuracy) == (1, kept.accuracy)
+            assert kept.accuracy.error == pytest.approx(abs(ended.foretold.error), abs=0.001)
+        host.stop(signal.SIGKILL)
+        host.start()
+        with host.client() as client:
+            assert client.ask(protocol.Tenants).accuracy == kept.accuracy
+            assert client.job(job).foretold == ended.foretold
+        shown = host.jobctl("show", str(job)).stdout
+        assert "first forecast: done " in shown
+        assert f"it took {describe.longer(ended.foretold.error)}" in shown
 
 
 # --- systemd ----------------------------------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ import msgspec
 import pytest
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House, check_bookkeeping, submission
 from gpujobd.core import events, inputs
-from gpujobd.core.admission import Refused
 from gpujobd.core.decide import find_submitted
 from gpujobd.core.leases import backoff_ns, canary_line
 from gpujobd.core.model import (
+    ERROR_MAX,
+    NO_ACCURACY,
     S_NS,
+    Checkpoint,
     Deferred,
+    Expected,
     HandlerRule,
     JobState,
     ParamRule,
@@ -24,6 +27,7 @@ from gpujobd.core.model import (
     TenantRule,
     YieldWhy,
 )
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 
@@ -471,6 +475,10 @@ def test_time_is_charged_once_however_often_it_is_reported() -> None:
         {"upto": 7, "done": 5, "deferred": (Deferred(6, 1), Deferred(6, 1))},
         {"upto": 6, "done": 5, "deferred": (Deferred(9, 1),)},
         {"upto": 6, "done": 5, "deferred": (Deferred(6, 0),)},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad_json": 2}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad_json": 2, "x": -1}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"bad json": 1}},
+        {"upto": 6, "done": 5, "failed": 1, "failure_codes": {"x" * 65: 1}},
     ],
 )
 def test_an_impossible_checkpoint_ends_the_lease_and_counts_for_nothing(wrong: dict[str, Any]) -> None:
@@ -486,6 +494,26 @@ def test_an_impossible_checkpoint_ends_the_lease_and_counts_for_nothing(wrong: d
     assert it.job(1).checkpoint == believed
     for event in found:
         assert events.decode(events.encode(event)) == event
+
+
+def test_counts_of_codes_go_on_with_the_checkpoint_and_never_back() -> None:
+    it = house()
+    it.submit(items=20)
+    it.loaded()
+    first = Checkpoint(upto=4, done=2, failed=2, failure_codes={"bad_json": 2})
+    it.checkpoint(0, checkpoint=first)
+    it.lose()
+    it.wait(60)
+    it.loaded()
+    assert it.job(1).checkpoint.failure_codes == {"bad_json": 2}
+    fewer = Checkpoint(upto=5, done=2, failed=3, failure_codes={"bad_json": 1, "rejected": 2})
+    (lost, *_) = it.checkpoint(0, checkpoint=fewer)
+    assert isinstance(lost, events.LeaseLost)
+    it.wait(60)
+    it.loaded()
+    it.finish(checkpoint=Checkpoint(upto=20, done=17, failed=3, failure_codes={"bad_json": 2, "rejected": 1}))
+    assert it.job(1).state is JobState.COMPLETED
+    assert it.job(1).checkpoint.failure_codes == {"bad_json": 2, "rejected": 1}
 
 
 def test_timings_that_are_no_seconds_are_left_out() -> None:
@@ -738,3 +766,63 @@ def test_behind_a_running_job_of_its_own_tenant_and_priority_nothing_ages(moved:
         it.lease().yield_why is None
     )  # it was, and got the device again, and was, as fast as the disk could
     assert it.runs() == first
+
+
+# --- forecasts --------------------------------------------------------------------------------------------------------
+
+
+def foretold(it: House, job_id: int, finish_s: float, finish_90_s: float = 200.0) -> list[str]:
+    made_ns = it.now_ns
+    expected = Expected(
+        job_id, made_ns, made_ns, made_ns + round(finish_s * S_NS), made_ns + round(finish_90_s * S_NS)
+    )
+    return [type(event).__name__ for event in it.give(inputs.Foretell(jobs=(expected,)))]
+
+
+def test_the_end_of_a_job_is_held_against_its_first_forecast() -> None:
+    it = house()
+    first, second = it.submit(), it.submit()
+    assert foretold(it, first, 100) == ["Foretold"]
+    assert foretold(it, first, 50) == []  # the first one counts
+    assert foretold(it, 99, 50) == []
+    foretold(it, second, 100)
+    it.loaded()
+    it.now_ns += 150 * S_NS
+    it.finish()
+    assert it.job(first).forecast_error == pytest.approx(0.5)
+    seen = it.state.tenants["alice"].accuracy
+    assert (seen.jobs, seen.error, seen.late, seen.by_90) == (1, 0.5, 0.5, 1.0)
+    it.now_ns += 10_000 * S_NS
+    it.finish()
+    seen = it.state.accuracy
+    assert it.job(second).forecast_error == pytest.approx(100.5)
+    assert (seen.jobs, seen.by_90) == (2, 0.5)
+    assert seen.error == pytest.approx((0.5 + ERROR_MAX) / 2)  # one counts so much at most
+    assert foretold(it, first, 100) == []  # it is over
+
+
+def test_what_a_person_holds_or_moves_is_not_held_against_the_forecast() -> None:
+    it = house()
+    ids = [it.submit() for _ in range(5)]
+    for job_id in ids:
+        foretold(it, job_id, 100)
+    it.give(inputs.Pause(who=ALICE, job_id=ids[1]))
+    it.give(inputs.MoveFirst(who=ALICE, job_id=ids[2]))
+    it.give(inputs.SetPriority(who=ALICE, job_id=ids[3], priority=Priority.LOW))
+    it.give(inputs.Cancel(who=ALICE, job_id=ids[4]))
+    assert [it.job(job_id).expected is None for job_id in ids] == [False, True, True, True, False]
+    assert it.job(ids[4]).forecast_error is None
+    assert it.state.accuracy == NO_ACCURACY
+
+
+def test_the_means_of_many_forecasts_forget_the_old_ones() -> None:
+    accuracy = NO_ACCURACY
+    wrong = Expected(1, 0, 0, 100 * S_NS, 110 * S_NS)
+    for _ in range(200):
+        accuracy = accuracy.judged(wrong, 150 * S_NS)
+    assert (accuracy.error, accuracy.by_90) == (pytest.approx(0.5), 0.0)
+    for _ in range(500):
+        accuracy = accuracy.judged(wrong, 90 * S_NS)
+    assert accuracy.jobs == 700
+    assert (accuracy.error, accuracy.late) == (pytest.approx(0.1, abs=0.01), pytest.approx(-0.1, abs=0.01))
+    assert accuracy.by_90 == pytest.approx(1.0, abs=0.01)

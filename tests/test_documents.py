@@ -61,6 +61,15 @@ def test_every_reply_with_fields_has_its_table_and_every_reply_is_named():
         assert f"reply {tag}" in parts or not list(documents.fields(record)), tag
 
 
+def test_every_word_of_the_notifiers_socket_has_its_table_and_its_name():
+    parts = documents.parts(PROTOCOL)
+    ours = {*documents.members("request").values(), *documents.members("reply").values()}
+    for kind in ("asked", "answered"):
+        for tag, record in documents.members(kind).items():
+            assert f"`{tag}`" in PROTOCOL, tag
+            assert record in ours or f"{kind} {tag}" in parts, tag
+
+
 def test_every_record_in_a_reply_has_its_table():
     for name in documents.members("record"):
         assert f"record {name}" in documents.parts(PROTOCOL), name

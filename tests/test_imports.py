@@ -22,6 +22,7 @@ PURE = {
     "itertools",
     "math",
     "operator",
+    "re",
     "typing",
 }
 CORE = "gpujobd.core"
@@ -80,12 +81,50 @@ def test_the_protocol_stands_on_msgspec_alone() -> None:
     assert tops(DAEMON / "gpujobd" / "protocol.py") <= STANDARD | {"msgspec"}
 
 
+SHARED = ("notify", "peer", "protocol", "settings")  # what the notifier has of the daemon
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_the_notifier_shares_with_the_daemon_knows_nothing_of_it(name: str) -> None:
+    assert tops(DAEMON / "gpujobd" / f"{name}.py") <= STANDARD | {"msgspec", "sdnotify", "trio"}
+
+
 @pytest.mark.parametrize("path", files(CLIENT / "jobctl"), ids=ids)
 def test_the_client_knows_the_protocol_and_nothing_else_of_the_daemon(path: Path) -> None:
     own = {name for name in imported(path) if name.split(".")[0] == "gpujobd"}
     allowed = {"gpujobd", "gpujobd.protocol", "gpujobd.__version__"}
     assert {name for name in own if name not in allowed and not name.startswith("gpujobd.protocol.")} == set()
     assert tops(path) <= STANDARD | {"gpujobd", "jobctl", "msgspec", "click"}
+
+
+NOTIFIER = DAEMON / "gpujobd_notify"
+
+
+@pytest.mark.parametrize("path", files(NOTIFIER), ids=ids)
+def test_the_notifier_is_a_client_and_knows_of_the_daemon_what_it_shares_with_it(path: Path) -> None:
+    allowed = {"gpujobd", "gpujobd.__version__", *(f"gpujobd.{name}" for name in SHARED)}
+    own = {name for name in imported(path) if name.split(".")[0] == "gpujobd"}
+    assert {name for name in own if ".".join(name.split(".")[:2]) not in allowed} == set()
+    assert tops(path) <= STANDARD | {
+        "gpujobd",
+        "gpujobd_notify",
+        "msgspec",
+        "trio",
+        "httpx",
+        "httpcore",
+        "click",
+    }
+
+
+@pytest.mark.parametrize("name", ["breaker", "due", "lanes", "message", "schedule", "targets"])
+def test_what_the_notifier_decides_by_knows_no_clock_no_file_and_no_luck(name: str) -> None:
+    text = {"base64", "datetime", "email", "hashlib", "ipaddress", "json", "re", "urllib"}
+    path = NOTIFIER / f"{name}.py"
+    assert tops(path) <= PURE | text | {"msgspec", "gpujobd", "gpujobd_notify"}
+    own = {one.split(".")[1] for one in imported(path) if one.startswith("gpujobd_notify.")}
+    assert own <= {"due", "targets"}
+    assert called(path).isdisjoint({"open", "print", "input", "exec", "eval", "compile", "hash"})
+    assert ".now(" not in path.read_text(encoding="utf-8")
 
 
 WORKER = DAEMON / "gpujobd_worker"

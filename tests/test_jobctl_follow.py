@@ -177,6 +177,57 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job_alone(daemon):
     assert daemon.asked(p.Cancel) == []
 
 
+# --- tenants -w -------------------------------------------------------------------------------------------------
+
+
+def tenant(**fields):
+    known = {"name": "production", "share": 4.0, "served_s": 90.0, "owed_s": -2.0, "running": 1, "paused": 0}
+    return p.TenantView(**(known | {"queued": 3, "items_left": 70} | fields))
+
+
+def tenant_lists(call, *more):
+    """Two changes of one tenant, then the end of the subscription, or whatever comes instead."""
+    assert call.request.follow
+    accuracy = p.Accuracy(jobs=12, error=0.08, late=0.01, by_90=0.917)
+    limited = tenant(queued=2, jobs_max=200, bytes_max=1 << 30, bytes=1 << 20, accuracy=accuracy)
+    for view in (tenant(), limited):
+        yield p.TenantList(id=call.request.id, tenants=[view])
+    yield from more or [p.Done(id=call.request.id)]
+
+
+def test_tenants_are_followed_as_one_table_after_the_other_where_nobody_looks(daemon, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    daemon.on(p.Tenants, tenant_lists)
+    assert run(["tenants", "-w"]) == 0
+    first, second = capfd.readouterr().out.split("\n\n")
+    assert first.splitlines()[1].split() == ["production", "4", "90", "s", "-2", "s", "3", "1", "0", "70"]
+    assert "200 jobs, 1.0 MiB of 1.0 GiB  8 % off, 92 % in time" in second
+    assert run(["tenants", "-w", "--json"]) == 0
+    lists = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [made["tenants"][0]["queued"] for made in lists] == [3, 2]
+    assert lists[1]["tenants"][0]["accuracy"] == {"jobs": 12, "error": 0.08, "late": 0.01, "by_90": 0.917}
+
+
+def test_on_a_terminal_tenants_are_drawn_in_place_and_ctrl_c_leaves(daemon):
+    daemon.on(p.Tenants, lambda call: tenant_lists(call, None))
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140"}
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "jobctl", "tenants", "--watch"]
+    with subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=environment
+    ) as process:
+        os.close(follower)
+        try:
+            shown = read_until(leader, "in time")
+            assert shown.count("TENANT") == 2
+            assert "\x1b[2ATENANT" in shown  # two lines up: over the first table
+            process.send_signal(signal.SIGINT)
+            assert process.wait(HANG_S) == 130
+        finally:
+            process.kill()
+    os.close(leader)
+
+
 # --- log --------------------------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,9 @@ def test_completion_prints_the_file(capfd):
         ("jobctl submit --priority l", {"low"}),
         ("jobctl --socket /x/y ls --mi", {"--mine"}),
         ("jobctl completion ", {"bash", "zsh", "fish"}),
+        ("jobctl notifications de", {"defaults"}),
+        ("jobctl notifications --state f", {"failed"}),
+        ("jobctl submit h in --notify-on st", {"start", "stall"}),
     ],
 )
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -203,6 +203,58 @@ def test_handlers_tenants_and_devices_are_shown_as_tables_and_lists(daemon, capf
         assert len(json.loads(capfd.readouterr().out)[key]) == 1
 
 
+GIB = 1 << 30
+
+
+def test_device_page_tells_what_is_known_from_outside_and_who_holds_the_memory(daemon, capfd):
+    seen = p.DeviceView(
+        name="cuda:0",
+        state="busy_elsewhere",
+        loaded=["embed"],
+        reason="OtherProcesses",
+        reason_detail="other processes hold 70.0 GiB of 80.0 GiB: pid 9 70.0 GiB",
+        memory_bytes=3 * GIB,
+        memory_total_bytes=80 * GIB,
+        hardware="NVIDIA H200",
+        since=soon(-10),
+        held=[p.HeldView(handler="embed", pid=4711, bytes=4 * GIB)],
+        others=[p.OtherView(pid=9, bytes=70 * GIB, command="py\x1b[31m", user="bob"), p.OtherView(pid=8)],
+        others_bytes=70 * GIB,
+        memory_used_bytes=74 * GIB,
+        utilisation=93.0,
+        temperature_c=61.0,
+        power_w=402.4,
+        power_limit_w=700.0,
+        throttled=["thermal"],
+        driver="610.43",
+        seen_at=soon(-1),
+    )
+    blind = p.DeviceView(name="cuda:1", state="ok", loaded=[], unseen="no NVML: no module pynvml")
+    daemon.answer(p.Devices, p.DeviceList(id=0, devices=[seen, blind]))
+    assert run(["device"]) == 0
+    shown = capfd.readouterr().out
+    for words in (
+        "74.0 GiB of 80.0 GiB",  # of everybody, where that is known
+        "busy_elsewhere since",
+        "OtherProcesses: other processes hold 70.0 GiB of 80.0 GiB: pid 9 70.0 GiB",
+        "driver 610.43",
+        "93 % busy, 61 °C, 402 of 700 W, held back by thermal",
+        "not ours: 70.0 GiB",
+        "4711   4.0 GiB  handler embed",
+        "9  70.0 GiB  not ours py\\x1b[31m  bob",
+        "8         ?  not ours",
+        "cuda:1\n  no NVML: no module pynvml",
+    ):
+        assert words in shown, shown
+    assert "\x1b" not in shown
+
+
+def test_device_without_anything_from_outside_is_a_row_and_nothing_else(daemon, capfd):
+    daemon.answer(p.Devices, p.DeviceList(id=0, devices=[p.DeviceView(name="cpu", state="ok", loaded=[])]))
+    assert run(["device"]) == 0
+    assert capfd.readouterr().out == "DEVICE  STATE\ncpu     ok\n"
+
+
 # --- changing ---------------------------------------------------------------------------------------------------
 
 

@@ -27,12 +27,13 @@ from harness import Client, Host, as_user, fake, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="other users can only be played by root")
 
-VICTIM, SPY, MATE = 30_101, 30_102, 30_103
+VICTIM, SPY, MATE, OBSERVER = 30_101, 30_102, 30_103, 30_104
 MARK = "xyzzy"
 FIRST_ID = 7_700_000
 IDS = re.compile(rb"(?<![\d.])77000\d\d(?!\d)")
 CONFIG = """
 [access]
+observers = ["30104"]
 high_priority = ["30101"]
 [tenants.lab]
 members = ["30101", "30103"]
@@ -229,6 +230,47 @@ def test_a_stranger_learns_nothing_of_anothers_jobs_by_any_verb_in_any_state(hos
     assert any(b"a job of 30101" in text for text in heard), "whose job is ahead is told"
 
 
+def all_seen(host: Host, jobs: list[int]) -> bytes:
+    """What an observer is shown of these jobs, and told of all that happened."""
+    with host.client() as client:
+        tap = Tap(client)
+        for kind in (protocol.Status, protocol.Devices, protocol.Handlers, protocol.Tenants, protocol.List):
+            client.ask(kind)
+        for job in jobs:
+            assert isinstance(client.ask(protocol.Show, job=job), protocol.OneJob)
+            for kind in (protocol.Output, protocol.Log, protocol.Cancel, protocol.Remove):
+                assert client.ask(kind, job=job).code == "forbidden"
+            assert client.ask(protocol.Output, job=job, errors=True).code == "forbidden"
+        heard = bytes(tap.heard)
+    return heard + all_events(host) + b"".join(a_look(host, job) for job in jobs)
+
+
+def test_an_observer_sees_every_job_and_nothing_of_what_is_in_them(host: Host) -> None:
+    """The notifier is one: it follows what becomes of jobs, and is the one process with a network."""
+
+    def marked(**item: Any) -> dict[str, Any]:
+        return {"custom_id": f"{MARK}-1", "text": f"{MARK} text"} | item
+
+    foreign = [
+        submit(host, VICTIM, [marked(), marked(fail=1)]),
+        submit(host, VICTIM, [marked(fail=1), marked()], failures_max=0, tenant="lab"),
+        submit(host, VICTIM, [marked(die=1)]),
+    ]
+
+    def over() -> bool:
+        with host.client() as client:
+            jobs = [client.job(job) for job in foreign]
+            return all(job.state in ("completed", "failed") for job in jobs[:2]) and bool(
+                jobs[2].interruptions
+            )
+
+    until(over, "them to fail in their ways")
+    heard = as_user(OBSERVER, lambda: all_seen(host, foreign))
+    assert not [text[:2000] for text in words(heard) if MARK.encode() in text]
+    assert {str(job).encode() for job in foreign} <= set(IDS.findall(b" ".join(words(heard))))
+    assert b"handler_error" in heard  # how many failed with what, he is told
+
+
 def mine(host: Host) -> set[int]:
     def ids() -> set[int]:
         with host.client() as client:
@@ -251,7 +293,7 @@ def test_whoever_owns_a_job_of_a_tenant_he_is_no_member_of_sees_no_number_of_the
     third = secretly(host, [{}], tenant="lab")
     with host.client() as client:
         assert client.job(second).reason_detail == f"job {waiting} is ahead"
-        assert client.job(third).reason_detail == "a job of lab is ahead"
+        assert client.job(third).reason_detail == "a job of lab and 1 more are ahead"
 
 
 def test_systemd_is_told_whose_job_runs_and_not_which() -> None:

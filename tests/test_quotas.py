@@ -19,10 +19,10 @@ from core_house import (
     submission,
 )
 from gpujobd.core import inputs, snapshot
-from gpujobd.core.admission import Refused
 from gpujobd.core.apply import apply
 from gpujobd.core.inputs import Who
 from gpujobd.core.model import MINUTE_NS, NO_USE, S_NS, Rules, State, TenantRule, Use
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 

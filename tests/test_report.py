@@ -165,6 +165,9 @@ def test_what_concerns_the_house_says_who_and_why(told):
         events.DiskFreed(at_ns=4),
         events.DeviceFellIll(at_ns=5, device="cpu", reason="CanaryFailed", detail="line 3", retry_at_ns=9),
         events.DeviceRecovered(at_ns=6, device="cpu"),
+        events.DeviceCrowded(at_ns=6, device="cpu", room_bytes=5, detail="others hold 3 GiB"),
+        events.DeviceCleared(at_ns=6, device="cpu"),
+        events.DriverMismatched(at_ns=6, device="cpu", detail="version mismatch"),
         events.HandlerLoaded(at_ns=7, device="cpu", handler="embed", load_ns=S_NS // 2),
     )
     assert story == [
@@ -174,6 +177,9 @@ def test_what_concerns_the_house_says_who_and_why(told):
         ("INFO", "disk_freed", "there is disk space again, work goes on"),
         ("ERROR", "device_fell_ill", "device cpu is unhealthy: CanaryFailed: line 3"),
         ("INFO", "device_recovered", "device cpu is ok again"),
+        ("WARNING", "device_crowded", "device cpu is busy elsewhere: others hold 3 GiB"),
+        ("INFO", "device_cleared", "device cpu has room for every handler again"),
+        ("ERROR", "driver_mismatched", "device cpu: the driver was replaced: version mismatch"),
         ("INFO", "handler_loaded", "embed loaded on cpu in 0.50 s"),
     ]
 

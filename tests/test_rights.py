@@ -9,13 +9,13 @@ from gpujobd.core.model import Job
 from gpujobd.core.rights import RIGHTS, Relation, allowed, relations
 
 EVERYBODY = {"ping", "status", "handlers", "tenants", "devices", "submit", "list", "last", "events"}
-SEEING = {"show", "wait", "watch"}
+SEEING = {"show", "wait", "watch", "see_event"}
 OWNING = {"output", "log", "cancel", "pause", "resume", "retry", "priority", "first", "rm"}
 RIGHT_OF = {
-    "owner": EVERYBODY | SEEING | OWNING | {"see_event"},
-    "admin": EVERYBODY | SEEING | OWNING | {"see_event", "queue"},
-    "member": EVERYBODY | SEEING | {"see_event"},
-    "observer": EVERYBODY | {"see_event"},
+    "owner": EVERYBODY | SEEING | OWNING | {"see_notify"},
+    "admin": EVERYBODY | SEEING | OWNING | {"see_notify", "attend", "queue"},
+    "member": EVERYBODY | SEEING,
+    "observer": EVERYBODY | SEEING | {"see_notify", "attend"},
     "anybody": EVERYBODY,
 }
 PEOPLE = {"owner": ALICE, "admin": ROOT, "member": BOB, "observer": WATCHER, "anybody": CAROL}

@@ -37,6 +37,7 @@ from gpujobd.core.model import S_NS, Checkpoint, JobState, Priority, Rules, Span
 
 SCRIPTS = Path(__file__).parent / "scripts"
 PEOPLE = {who.name: who for who in (ALICE, BOB, CAROL, ROOT, WATCHER)}
+GIB = 1 << 30
 UNSAID = {"at_ns", "input_sha256", "input_bytes", "submit_id", "vtime_ns", "timings", "version", "boot_id"}
 
 
@@ -113,8 +114,8 @@ class Script:
 
     # --- workers ---
 
-    def loaded(self, load: str = "2s", device: str = "cpu") -> list[AnyEvent]:
-        return self.house.loaded(device, seconds(load))
+    def loaded(self, load: str = "2s", device: str = "cpu", gib: str = "0") -> list[AnyEvent]:
+        return self.house.loaded(device, seconds(load), vram_bytes=int(gib) * GIB)
 
     def load_failed(self, device: str = "cpu", used: str = "1s") -> list[AnyEvent]:
         return self._report(inputs.LoadFailed, device, used, error="no such model")
@@ -157,6 +158,30 @@ class Script:
 
     def unkillable(self, device: str = "cpu") -> list[AnyEvent]:
         return self.house.give(inputs.Unkillable(device=device, detail="process 7 lives on"))
+
+    # --- devices, from outside; each has 80 GiB ---
+
+    def see(self, device: str, room: str = "", trouble: str = "") -> list[AnyEvent]:
+        """A look at it: others leave so many GiB, or something is wrong with it."""
+        room_bytes = round(float(room) * GIB) if room else -1
+        detail = f"others leave {room} GiB" if room else "says the driver" if trouble else ""
+        seen = inputs.DeviceSeen(
+            device=device, trouble=trouble, detail=detail, total_bytes=80 * GIB, room_bytes=room_bytes
+        )
+        return self.house.give(seen)
+
+    def cramped(self, room: str, device: str) -> list[AnyEvent]:
+        """Its worker ran out of memory beside others that leave so many GiB."""
+        return self.house.give_back(0, device=device, cramped_bytes=round(float(room) * GIB))
+
+    def wanted(self, device: str) -> list[AnyEvent]:
+        attempt = self.house.lease(device).attempt
+        return self.house.give(inputs.MemoryWanted(device=device, attempt=attempt, detail="0.1 GiB are left"))
+
+    def device(self, name: str) -> str:
+        it = self.house.state.devices[name]
+        why = f", {it.reason}: {it.reason_detail}" if it.reason else ""
+        return f"{name} is {it.state}{why}"
 
     # --- the house ---
 

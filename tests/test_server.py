@@ -55,6 +55,87 @@ def stopped_queue(host):
         client.ask(protocol.Queue, action="start")
 
 
+# --- the notifier -----------------------------------------------------------------------------------------------------
+
+
+def notifier_events(host):
+    with host.client() as client:
+        found, reply = [], client.ask(protocol.Events, since=1)
+        while not isinstance(reply, protocol.Done):
+            if isinstance(reply, protocol.EventSeen) and reply.event["event"].startswith("notifier"):
+                found.append((reply.event["event"].removeprefix("notifier_"), reply.event.get("names")))
+            reply = client.receive()
+        return found
+
+
+def test_a_notifier_is_here_while_its_connection_lasts_and_of_several_the_newest_counts(host, stopped_queue):
+    def submit(target="ops"):
+        def do():
+            with host.client() as client:
+                return client.submit("count", [{"text": "a"}], notify=[target], notify_on=["fail"])
+
+        return as_user(OWNER, do)
+
+    def attends():
+        with host.client() as first, host.client() as second:
+            assert isinstance(first.ask(protocol.Attend, names=["ops"]), protocol.Done)
+            assert isinstance(first.ask(protocol.Attend, names=["ops"]), protocol.Done)
+            assert isinstance(second.ask(protocol.Attend, names=["ops", "two"]), protocol.Done)
+            assert second.ask(protocol.Attend, names=["no name"]).code == "bad_request"
+            second.__exit__()
+            until(lambda: notifier_events(host)[-1] == ("attached", ["ops"]), "the first to count again")
+
+    assert submit().code == "no_notifier"
+    as_user(OBSERVER, attends)
+    until(lambda: notifier_events(host)[-1][0] == "left", "it to have left")
+    said = [("attached", ["ops"]), ("attached", ["ops", "two"]), ("attached", ["ops"]), ("left", None)]
+    assert notifier_events(host)[-4:] == said
+    assert submit("two").code == "bad_notify"
+    job = submit().job  # it left a moment ago
+
+    def look():
+        with host.client() as client:
+            shown = client.ask(protocol.Show, job=job).job
+            (listed,) = client.ask(protocol.List, after=job - 1).jobs
+            event, reply = None, client.ask(protocol.Events, since=1, job=job)
+            while not isinstance(reply, protocol.Done):
+                event = reply.event if event is None else event
+                reply = client.receive()
+            told = [(seen.notify, seen.notify_on) for seen in (shown, listed)]
+            return [*told, (event.get("notify"), event.get("notify_on"))]
+
+    kept = (["ops"], ["fail"])
+    for uid in (OWNER, OBSERVER, 0):
+        assert as_user(uid, look) == [kept, kept, kept]
+
+    def share():
+        with host.client() as client:
+            return client.submit("count", [{"text": "a"}], notify=["ops"], tenant="shared").job
+
+    job = as_user(OWNER, share)
+    hidden = as_user(MEMBER, lambda: [[word or None for word in seen] for seen in look()])
+    assert hidden == [[None, None]] * 3
+
+
+def test_a_retry_tells_whom_the_first_told_unless_it_says_otherwise(host):
+    def attends_and_retries():
+        with host.client() as client:
+            client.ask(protocol.Attend, names=["ops", "lab"])
+            job = client.submit("count", [{"text": "a"}, {}], notify=["ops"], notify_on=["start"]).job
+            client.wait(job)
+            found = []
+            for fields in ({}, {"notify": ["lab"], "notify_on": ["fail"]}, {"notify": ["none"]}):
+                again = client.ask(protocol.Retry, job=job, submit_id=uuid.uuid4().hex, **fields)
+                shown = client.job(again.job)
+                found.append((shown.notify, shown.notify_on))
+            refused = client.ask(protocol.Retry, job=job, submit_id="x", notify=["nobody-such"])
+            return found, refused.code
+
+    found, code = as_user(0, attends_and_retries)
+    assert found == [(["ops"], ["start"]), (["lab"], ["fail"]), (["none"], ["start"])]
+    assert code == "bad_notify"
+
+
 # --- places -----------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 from core_house import ALICE, BOB, HANDLERS, ROOT, House, bookkeeping, persistent, person, submission
 from gpujobd.core import inputs
 from gpujobd.core.apply import apply
-from gpujobd.core.model import DEFERRED_MAX, Deferred, Rules, Span, State
+from gpujobd.core.model import DEFERRED_MAX, Deferred, Expected, Rules, Span, State
 from gpujobd.core.snapshot import CHUNK_BYTES_MAX, SnapshotError, chunks, clone, load
 
 
@@ -18,6 +18,7 @@ def busy_house() -> House:
     house.submit(ALICE, begin_ns=house.now_ns + 10**12)
     house.submit(ROOT, tenant="production")
     house.give(inputs.Pause(who=ROOT, job_id=4, message="wait for it"))
+    house.give(inputs.Foretell(jobs=(Expected(1, 1, 1, 2, 3), Expected(2, 1, 1, 2, 3))))
     house.loaded("cuda:0")
     house.finish(device="cuda:0")
     house.give(inputs.Remove(who=ALICE, job_id=1))

@@ -170,9 +170,10 @@ async def test_leased_job_is_loaded_worked_and_finished(tmp_path: Path) -> None:
         assert first.timings.load_s == 0.5  # the lease waited for the load
         assert finished.timings.load_s == 0.0
         assert 0 < first.used_ns <= finished.used_ns
-        assert b.supervisor.hardware("cpu") == supervisor.Hardware(
-            name="a fake", memory_bytes=0, memory_total_bytes=0
-        )
+        hardware = b.supervisor.hardware("cpu")
+        assert hardware is not None
+        assert (hardware.name, hardware.memory_bytes, hardware.memory_total_bytes) == ("a fake", 0, 0)
+        assert (hardware.sight, hardware.unseen) == (None, "")
 
 
 def leases_of(path: Path) -> list[dict[str, Any]]:
@@ -228,6 +229,7 @@ async def test_lease_message_carries_all_a_worker_needs(tmp_path: Path) -> None:
             "suspects": [[21, 30]],
             "condemned": [],
             "canary": 0,
+            "gives_way": False,
         }
 
 
@@ -630,8 +632,10 @@ async def test_workers_stay_as_long_as_their_memory_fits_the_device(tmp_path: Pa
             b.lease(job, handler, device="cuda:0")
             await b.until(inputs.Finished, job)
         assert not [r for r in b.reports if isinstance(r, inputs.Unloaded)]
-        held = b.supervisor.hardware("cuda:0")
-        assert held == supervisor.Hardware(name="a fake", memory_bytes=9 * gib, memory_total_bytes=12 * gib)
+        hardware = b.supervisor.hardware("cuda:0")
+        assert hardware is not None
+        assert (hardware.memory_bytes, hardware.memory_total_bytes) == (9 * gib, 12 * gib)
+        assert [(held.handler, held.bytes) for held in hardware.workers] == [(n, 3 * gib) for n in "abc"]
 
 
 async def test_worker_that_does_not_fit_beside_the_others_takes_their_place(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import trio
 import trio.testing
 from gpujobd.core import inputs
-from gpujobd.core.admission import Refused
 from gpujobd.core.events import Reserved, Submitted, decode
 from gpujobd.core.inputs import Submission, Who
 from gpujobd.core.model import HandlerRule, Rules, State
+from gpujobd.core.refused import Refused
 from gpujobd.journal import JournalDead
 from gpujobd.turns import INPUTS_A_TURN, Turns
 

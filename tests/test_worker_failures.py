@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from gpujobd_worker import Rejected, Transient
+from gpujobd_worker import Rejected, Transient, failures
 from gpujobd_worker.failures import BROKEN, OOM, POISONED, REJECTED, TRANSIENT, classify
 from worker_driver import HANDLERS, Job, WorkerDriver
 
@@ -215,6 +215,64 @@ def test_second_complaint_of_the_context_in_a_row_means_poison(worker, side, tmp
     assert worker.until_gone() == 1
 
 
+@pytest.fixture
+def others(tmp_path):
+    """GiB that other processes hold of a GPU."""
+    path = tmp_path / "others"
+    path.write_text("40")
+    return path
+
+
+def crowded(worker, others):
+    return worker.load("crowded:Crowded", device="cuda:0", params={"others": str(others)})
+
+
+def test_worker_tells_which_gpu_it_has(worker, others):
+    loaded = crowded(worker, others)
+    assert (loaded["uuid"], loaded["device_bytes"]) == ("0000-aa", 80 << 30)
+
+
+def test_item_that_does_not_fit_beside_others_waits_for_them_and_fails_nothing(worker, others, tmp_path):
+    crowded(worker, others)
+    job = Job(tmp_path / "job", [{"gib": 50 if n == 7 else 1} for n in range(20)])
+    last = worker.run(job, gives_way=True)
+    assert last["type"] == "yielded"
+    assert last["others_bytes"] == (40 << 30) - (512 << 20)  # its own context is a guess
+    assert (job.checkpoint["upto"], job.errors()) == (7, [])
+    others.write_text("0")
+    assert worker.run(job, gives_way=True)["type"] == "finished"
+    assert (len(job.results()), job.errors()) == (20, [])
+
+
+@pytest.mark.parametrize(("gib", "gives_way"), [(0, True), (1, True), (40, False)])
+def test_item_that_does_not_fit_alone_or_with_nobody_to_wait_for_fails(
+    worker, others, tmp_path, gib, gives_way
+):
+    others.write_text(str(gib))
+    crowded(worker, others)
+    job = Job(tmp_path / "job", [{"gib": 75 if n == 7 else 0} for n in range(20)])
+    assert worker.run(job, gives_way=gives_way)["type"] == "finished"
+    assert codes(job) == {8: "out_of_memory"}
+
+
+def test_canary_that_does_not_fit_beside_others_condemns_no_device(worker, others, tmp_path):
+    crowded(worker, others)
+    job = Job(tmp_path / "job", [{"gib": 50}] * 3)
+    last = worker.run(job, gives_way=True, canary=2)
+    assert last["type"] == "yielded"
+    assert last["others_bytes"] > 0
+    assert last["checkpoint"]["upto"] == 0
+
+
+def test_load_says_whether_it_ran_out_of_memory(worker, others):
+    others.write_text("75")
+    failed = crowded(worker, others)
+    assert (failed["type"], failed["out_of_memory"]) == ("load_failed", True)
+    with WorkerDriver() as another:
+        failed = another.load("crowded:Crowded", params={"others": "/nonexistent"})
+        assert failed["out_of_memory"] is False
+
+
 @pytest.mark.slow
 def test_torch_running_out_of_real_memory_finishes_every_item(worker, tmp_path):
     pytest.importorskip("torch")
@@ -375,3 +433,12 @@ def test_exception_without_a_text_is_described_all_the_same():
 
     assert classify(Mute()).message == "Mute: (no text: its __str__ raised RuntimeError)"
     assert classify(KeyError()).message == "KeyError"
+
+
+def test_codes_beyond_the_bound_are_counted_together_and_the_counts_before_stay_as_they_were():
+    before = failures.counted({}, ["a", "b", "a"])
+    after = failures.counted(before, [*(f"c{n}" for n in range(20)), "a", "other"])
+    assert before == {"a": 2, "b": 1}
+    assert len(after) == failures.CODES_MAX + 1
+    assert (after["a"], after["b"], after["c7"], after["other"]) == (3, 1, 1, 13)
+    assert failures.counted(after, ["c19", "c7"]) == {**after, "other": 14, "c7": 2}

@@ -256,6 +256,9 @@ def test_checkpoint_that_follows_is_believed() -> None:
     check_checkpoint(Checkpoint(), Checkpoint(), 1)
     deferred_in_hand = Checkpoint(upto=50, done=45, failed=3, deferred=(Deferred(4, 1),), results_bytes=9)
     check_checkpoint(deferred_in_hand, GOOD, 50)
+    counted = msgspec.structs.replace(GOOD, failure_codes={"bad_json": 1, "other": 2})
+    check_checkpoint(counted, BEFORE, 50)  # one failed under a version that did not count
+    check_checkpoint(counted, counted, 50)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +286,33 @@ def test_checkpoint_that_follows_is_believed() -> None:
 def test_checkpoint_that_cannot_be_is_a_violation(changes: dict[str, Any]) -> None:
     with pytest.raises(Violation, match="checkpoint"):
         check_checkpoint(msgspec.structs.replace(GOOD, **changes), BEFORE, 50)
+
+
+MANY: dict[str, int] = {f"code_{n}": 1 for n in range(12)}
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {},
+        {"bad_json": 1},
+        {"bad_json": 2, "rejected": 2},
+        {"bad_json": 2, "rejected": 0},
+        {"bad_json": 3, "rejected": -1},
+        {"bad_json": 2, "no code": 1},
+        {"bad_json": 2, "x" * 65: 1},
+        {"bad_json": 2, "\x1b[2J": 1},
+        {"bad_json": 2, "": 1},
+        {"bad_json": 2} | MANY,
+    ],
+)
+def test_counts_of_codes_that_cannot_be_are_a_violation(codes: dict[str, int]) -> None:
+    before = msgspec.structs.replace(BEFORE, failed=2, done=8, failure_codes={"bad_json": 2})
+    after = msgspec.structs.replace(GOOD, failed=3 if codes.keys() != {"bad_json"} | MANY.keys() else 14)
+    if after.failed == 14:
+        after = msgspec.structs.replace(after, done=15, upto=31)
+    with pytest.raises(Violation, match="code"):
+        check_checkpoint(msgspec.structs.replace(after, failure_codes=codes), before, 50)
 
 
 SAID = [

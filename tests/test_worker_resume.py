@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
+import json
 import os
 import pathlib
 import random
@@ -38,6 +39,51 @@ def expected(tmp_path):
 
 def same(job: Job, expected: tuple[bytes, bytes]) -> bool:
     return (job.bytes_of("results"), job.bytes_of("errors")) == expected
+
+
+MOODS = ("error", "reject", "object", "", "", "")
+
+
+def moody(count: int) -> list:
+    """Items that fail in several ways, and lines that are none."""
+    lines = [{"mood": MOODS[n % len(MOODS)], "n": n, "text": f"text-{n}"} for n in range(count)]
+    return [b"broken" if n % 7 == 0 else line for n, line in enumerate(lines)]
+
+
+def codes_of(job: Job, bytes_: int) -> dict[str, int]:
+    """As the error records up to there have them."""
+    records = map(json.loads, job.bytes_of("errors")[:bytes_].splitlines())
+    return dict(collections.Counter(record["error"]["code"] for record in records))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_failures_are_counted_by_code_and_what_is_cut_back_and_redone_is_counted_once(tmp_path, seed):
+    rng = random.Random(seed)
+    job = Job(tmp_path / "job", moody(500))
+    for _ in range(4):
+        with WorkerDriver() as worker:
+            worker.load("trouble:Moody", heartbeat_s=0.02, checkpoint_s=0.01)
+            worker.lease(job, batch_max=8)
+            time.sleep(rng.uniform(0.0, 0.15))
+            worker.kill()
+            worker.until_gone(job)
+        assert job.checkpoint["failure_codes"] == codes_of(job, job.checkpoint["errors_bytes"])
+    with WorkerDriver() as worker:
+        worker.load("trouble:Moody")
+        assert worker.run(job)["type"] == "finished"
+    found = job.checkpoint["failure_codes"]
+    assert found == codes_of(job, job.checkpoint["errors_bytes"])
+    assert sum(found.values()) == job.checkpoint["failed"]
+    assert set(found) == {"handler_error", "rejected", "bad_output", "bad_json"}
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from_and_counts_from_there(tmp_path):
+    job = Job(tmp_path / "job", [b"broken", *texts(5), b"broken", b""])
+    with start() as worker:
+        worker.run(Job(tmp_path / "other", texts(1)))
+        del job.checkpoint["failure_codes"]
+        assert worker.run(job)["type"] == "finished"
+    assert job.checkpoint["failure_codes"] == {"bad_json": 3}
 
 
 @pytest.mark.parametrize("seed", range(3))

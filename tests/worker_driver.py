@@ -28,6 +28,7 @@ FRESH = {
     "errors_crc": 0,
     "done": 0,
     "failed": 0,
+    "failure_codes": {},
 }
 
 

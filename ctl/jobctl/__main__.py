@@ -38,6 +38,9 @@ VERBS: Final = {
     "show": Entry(LOOK, "look", "show", "Show all that is known of a job."),
     "log": Entry(LOOK, "streams", "log", "What a job's worker wrote."),
     "events": Entry(LOOK, "streams", "events", "What happened, numbered for ever."),
+    "notifications": Entry(
+        LOOK, "notifications", "notifications", "Whom was told what; retry, mute, defaults."
+    ),
     "cancel": Entry(CHANGE, "change", "cancel", "Cancel jobs for good."),
     "pause": Entry(CHANGE, "change", "pause", "Hold jobs until they are resumed."),
     "resume": Entry(CHANGE, "change", "resume", "Let paused jobs go on."),

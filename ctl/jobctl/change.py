@@ -12,7 +12,18 @@ from typing import Final
 import click
 from gpujobd import protocol as p
 
-from jobctl.command import Session, ids_argument, message_option, session, tell, verb, write, write_json
+from jobctl.command import (
+    Session,
+    ids_argument,
+    message_option,
+    notify_options,
+    occasions,
+    session,
+    tell,
+    verb,
+    write,
+    write_json,
+)
 from jobctl.exits import Exit, Refusal, complain_of, worst
 
 PRIORITIES: Final = ("high", "normal", "low")
@@ -128,9 +139,18 @@ def rm(ids: tuple[str, ...], message: str) -> Exit:
 @verb("retry")
 @ids_argument
 @click.option("--failed-items", is_flag=True, help="Only the items that failed; else all that are not done.")
+@notify_options
 @message_option
-def retry(ids: tuple[str, ...], failed_items: bool, message: str) -> Exit:
+def retry(
+    ids: tuple[str, ...],
+    failed_items: bool,
+    notify: tuple[str, ...],
+    notify_on: tuple[str, ...],
+    message: str,
+) -> Exit:
     """Make a new job of what a final one left undone, and print its id. Line numbers stay those of the first input.
+
+    It tells whom the first one told, unless --notify says otherwise.
 
     Example:
       jobctl retry 42 --failed-items
@@ -147,6 +167,8 @@ def retry(ids: tuple[str, ...], failed_items: bool, message: str) -> Exit:
             submit_id=uuid.uuid4().hex,  # so that it can be asked again after a lost answer
             failed_items=failed_items,
             message=message,
+            notify=list(notify),
+            notify_on=occasions(notify_on),
         )
         try:
             accepted = here.daemon.ask(request, p.Accepted)

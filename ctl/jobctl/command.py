@@ -145,6 +145,31 @@ def message_option(function: Callable[..., Exit | None]) -> Callable[..., Exit |
     )(function)
 
 
+def notify_options(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:
+    """Whom to tell, and when; the same wherever a job is made."""
+    whom = click.option(
+        "--notify",
+        "notify",
+        multiple=True,
+        metavar="TARGET",
+        help="Tell a NAME of the notifier's, https://..., or mailto:ADDRESS; `none`: nobody. May be repeated.",
+    )
+    when = click.option(
+        "--notify-on",
+        "notify_on",
+        multiple=True,
+        metavar="LIST",
+        help="Of start, finish, fail, pause, stall, progress=N%, with commas. [default: finish]",
+    )
+    return whom(when(function))
+
+
+def occasions(lists: tuple[str, ...]) -> list[str]:
+    """`start,fail` and `progress=25%` as one list, each word once."""
+    words = (word.strip() for given in lists for word in given.split(","))
+    return list(dict.fromkeys(word for word in words if word))
+
+
 def ids_argument(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:
     return click.argument("ids", nargs=-1, required=True, metavar="ID...")(function)
 

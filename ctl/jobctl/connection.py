@@ -2,6 +2,7 @@
 
     Daemon      finds the socket, connects when first needed, connects again when that is safe
       Connection    one socket: Hello goes out together with the first request, Welcome is read with the first reply
+    NotifierLine  the same to the notifier: other places to look, other words, no daemon
 
 Rule 1: every wait has a deadline. A subscription has one too: the daemon shows every 60 s that it lives.
 Rule 2: a request is sent a second time only where that cannot do a thing twice: reads, and what carries a
@@ -18,12 +19,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 from gpujobd import protocol as p
 
 from jobctl.exits import Exit, Failure, Refusal
 
+Request = p.AnyRequest | p.AnyNotifierRequest
+Reply = p.AnyReply | p.AnyNotifierReply
 R = TypeVar("R", bound=p.Reply)
 T = TypeVar("T")
 
@@ -49,8 +52,16 @@ class Lost(Exception):
 class Connection:
     """One socket."""
 
-    def __init__(self, path: str, within_s: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        within_s: float,
+        decode: Callable[[bytes], Reply] = p.decode_reply,
+        who: str = "daemon",
+    ) -> None:
         """Raises: OSError where nobody listens at `path`."""
+        self._decode = decode
+        self._who = who
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             # Not settimeout: a connect that may not block fails at once where the daemon's line of callers is full.
@@ -71,7 +82,7 @@ class Connection:
         while self._descriptors:
             os.close(self._descriptors.popleft())
 
-    def send(self, *messages: p.AnyRequest, within_s: float = ANSWER_S) -> bool:
+    def send(self, *messages: Request, within_s: float = ANSWER_S) -> bool:
         """Return whether it went out. If not, why not may still be there to be received: the daemon hung up."""
         frames = self._greeting + b"".join(p.frame(message) for message in messages)
         self._greeting = b""
@@ -79,12 +90,14 @@ class Connection:
         try:
             self._socket.sendall(frames, socket.MSG_NOSIGNAL)
         except TimeoutError:
-            raise Failure(Exit.UNREACHABLE, f"the daemon has taken nothing for {within_s:.0f} s") from None
+            raise Failure(
+                Exit.UNREACHABLE, f"the {self._who} has taken nothing for {within_s:.0f} s"
+            ) from None
         except (BrokenPipeError, ConnectionResetError):
             return False
         return True
 
-    def receive(self, deadline: float) -> p.AnyReply:
+    def receive(self, deadline: float) -> Reply:
         """Return the next message after the Welcome. `deadline` is a time of time.monotonic().
 
         Raises: TimeoutError, Lost; Refusal where the daemon turned the connection away.
@@ -93,25 +106,25 @@ class Connection:
             while not self._bodies:
                 self._read(deadline)
             try:
-                reply = p.decode_reply(self._bodies.popleft())
+                reply = self._decode(self._bodies.popleft())
             except p.FrameError as error:
-                raise Failure(Exit.UNREACHABLE, f"the daemon cannot be understood: {error}") from None
+                raise Failure(Exit.UNREACHABLE, f"the {self._who} cannot be understood: {error}") from None
             if self.welcome is not None:
                 return reply
             self._greeted(reply)
 
-    def _greeted(self, reply: p.AnyReply) -> None:
+    def _greeted(self, reply: Reply) -> None:
         match reply:
             case p.Welcome(version=p.VERSION):
                 self.welcome = reply
             case p.Welcome():
                 raise Failure(
-                    Exit.UNREACHABLE, f"the daemon speaks version {reply.version}, jobctl {p.VERSION}"
+                    Exit.UNREACHABLE, f"the {self._who} speaks version {reply.version}, jobctl {p.VERSION}"
                 )
             case p.Error():
                 raise Refusal(reply)
             case _:
-                raise Failure(Exit.UNREACHABLE, "the daemon did not say welcome")
+                raise Failure(Exit.UNREACHABLE, f"the {self._who} did not say welcome")
 
     def _read(self, deadline: float) -> None:
         self._socket.settimeout(max(0.001, deadline - time.monotonic()))
@@ -129,7 +142,7 @@ class Connection:
         try:
             self._bodies.extend(self._frames.feed(received))
         except p.FrameError as error:
-            raise Failure(Exit.UNREACHABLE, f"the daemon cannot be understood: {error}") from None
+            raise Failure(Exit.UNREACHABLE, f"the {self._who} cannot be understood: {error}") from None
 
     def spoken_to(self) -> bool:
         """Whether something has come that was not received yet."""
@@ -154,10 +167,22 @@ class Connection:
 class Daemon:
     """The daemon, over as many connections as it takes."""
 
+    who: ClassVar[str] = "daemon"
+    unit: ClassVar[str] = "gpujobd"
+
     def __init__(self, path: str | None = None) -> None:
-        self._paths = [path] if path else p.socket_paths()
+        self._paths = [path] if path else self.places()
         self._connection: Connection | None = None
         self._last_id = 0
+
+    @staticmethod
+    def places() -> list[str]:
+        """Where to look, the system's last."""
+        return p.socket_paths()
+
+    @staticmethod
+    def decode(body: bytes) -> Reply:
+        return p.decode_reply(body)
 
     def next_id(self) -> int:
         """An id for a request; the same request keeps its id when it is sent again."""
@@ -177,15 +202,21 @@ class Daemon:
         tried = []
         for path in self._paths:
             try:
-                connection = Connection(path, ANSWER_S)
+                connection = Connection(path, ANSWER_S, self.decode, self.who)
             except OSError as error:
                 tried.append(f"{path} ({error.strerror or error})")
             else:
                 self._paths = [path]
                 return connection
         raise Failure(
-            Exit.UNREACHABLE, "no daemon answers: tried " + ", ".join(tried) + _who_knows(self._paths)
+            Exit.UNREACHABLE, f"no {self.who} answers: tried " + ", ".join(tried) + self._who_knows()
         )
+
+    def _who_knows(self) -> str:
+        """Who tells why the service of this host is not there."""
+        if self.places()[-1] in self._paths and os.path.isdir(SYSTEMD):
+            return f"; `systemctl status {self.unit}` tells more"
+        return ""
 
     def hang_up(self) -> None:
         if self._connection is not None:
@@ -196,7 +227,7 @@ class Daemon:
         """Connect again; return how long to wait before the next time, should that not last either."""
         self.hang_up()
         if time.monotonic() >= give_up_at:
-            raise said or Failure(Exit.UNREACHABLE, "the daemon hangs up before it answers")
+            raise said or Failure(Exit.UNREACHABLE, f"the {self.who} hangs up before it answers")
         while True:
             time.sleep(min(again_in_s, max(0.0, give_up_at - time.monotonic())))
             again_in_s = min(2 * again_in_s, BACKOFF_MAX_S)
@@ -224,19 +255,19 @@ class Daemon:
                 give_up_at = give_up_at or time.monotonic() + RECONNECT_S
                 again_in_s = self._reconnect(give_up_at, again_in_s, lost.said)
 
-    def ask(self, request: p.AnyRequest, expect: type[R]) -> R:
+    def ask(self, request: Request, expect: type[R]) -> R:
         """Return the answer, of the type that is expected. For what may be asked twice.
 
         Raises: Refusal, Failure.
         """
         return self.persist(lambda: self.ask_once(request, expect))
 
-    def ask_once(self, request: p.AnyRequest, expect: type[R]) -> R:
+    def ask_once(self, request: Request, expect: type[R]) -> R:
         """As `ask`, without a second time. Raises: Lost."""
         self.connection().send(request)
-        return narrow(self.reply(_id(request)), expect)
+        return narrow(self.reply(_id(request)), expect, self.who)
 
-    def reply(self, request_id: int, within_s: float = ANSWER_S) -> p.AnyReply:
+    def reply(self, request_id: int, within_s: float = ANSWER_S) -> Reply:
         """Return the next reply to this request. Raises: Refusal, Failure, Lost."""
         deadline = time.monotonic() + within_s
         while True:
@@ -251,7 +282,7 @@ class Daemon:
             if isinstance(reply, p.Reply) and reply.id == request_id and not isinstance(reply, p.Alive):
                 return reply
 
-    def ask_each(self, requests: Sequence[p.AnyRequest]) -> Iterator[p.AnyReply]:
+    def ask_each(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield one reply for every request, in their order, errors included. For what is not asked twice.
 
         They are pipelined, so that the daemon can put a whole window to disk at once.
@@ -269,9 +300,9 @@ class Daemon:
                 raise Failure(Exit.UNREACHABLE, message) from None
             yield from (replies[_id(request)] for request in batch)
 
-    def _replies(self, ids: set[int]) -> dict[int, p.AnyReply]:
+    def _replies(self, ids: set[int]) -> dict[int, Reply]:
         deadline = time.monotonic() + ANSWER_S
-        replies: dict[int, p.AnyReply] = {}
+        replies: dict[int, Reply] = {}
         while len(replies) < len(ids):
             try:
                 reply = self.connection().receive(deadline)
@@ -286,8 +317,8 @@ class Daemon:
     # --- subscriptions ------------------------------------------------------------------------------------------
 
     def follow(
-        self, make: Callable[[], p.AnyRequest], *, deadline: float | None = None, tick_s: float | None = None
-    ) -> Iterator[p.AnyReply | None]:
+        self, make: Callable[[], Request], *, deadline: float | None = None, tick_s: float | None = None
+    ) -> Iterator[Reply | None]:
         """Yield the replies to `make()` over restarts of the daemon, until the final one, which is yielded too.
 
         `make` is called at every connection, so that it can ask for what comes after what was seen. With `tick_s`,
@@ -316,8 +347,8 @@ class Daemon:
                 return
 
     def _subscribe(
-        self, request: p.AnyRequest, deadline: float | None, tick_s: float | None
-    ) -> Iterator[p.AnyReply | None]:
+        self, request: Request, deadline: float | None, tick_s: float | None
+    ) -> Iterator[Reply | None]:
         request_id = _id(request)
         self.connection().send(request)
         heard_at = time.monotonic()
@@ -345,24 +376,46 @@ class Daemon:
                     return
 
 
-def _id(request: p.AnyRequest) -> int:
+class NotifierLine(Daemon):
+    """The notifier. Whatever it is asked may be asked twice: nothing adds up."""
+
+    who = "notifier"
+    unit = "gpujobd-notify"
+
+    @staticmethod
+    def places() -> list[str]:
+        return p.notify_socket_paths()
+
+    @staticmethod
+    def decode(body: bytes) -> Reply:
+        return p.decode_notifier_reply(body)
+
+    def answer(self, request: Request) -> Reply:
+        """As `ask`, with an Error among the answers. Raises: Failure."""
+
+        def attempt() -> Reply:
+            self.connection().send(request)
+            return self.reply(_id(request))
+
+        try:
+            return self.persist(attempt)
+        except Refusal as refusal:
+            if not refusal.error.id:
+                raise
+            return refusal.error
+
+
+def _id(request: Request) -> int:
     assert isinstance(request, p.Request)  # Hello is the connection's own business
     return request.id
 
 
-def _who_knows(paths: Sequence[str]) -> str:
-    """Who tells why the service of this host is not there."""
-    if p.SYSTEM_SOCKET in paths and os.path.isdir(SYSTEMD):
-        return "; `systemctl status gpujobd` tells more"
-    return ""
-
-
-def narrow(reply: p.AnyReply, expect: type[R]) -> R:
-    """Raises: Failure where the daemon answered with something else."""
+def narrow(reply: Reply, expect: type[R], who: str = "daemon") -> R:
+    """Raises: Failure where the answer is something else."""
     if isinstance(reply, expect):
         return reply
     kind = reply.__struct_config__.tag
-    raise Failure(Exit.UNREACHABLE, f"the daemon cannot be understood: {kind!r} is no answer to that")
+    raise Failure(Exit.UNREACHABLE, f"the {who} cannot be understood: {kind!r} is no answer to that")
 
 
 def notice(text: str) -> None:

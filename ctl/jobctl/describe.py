@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from jobctl.exits import Exit
 from jobctl.table import Column, clean, counted, size, table
-from jobctl.times import relative, spoken, told
+from jobctl.times import local, relative, spoken, told
 
 FINAL: Final = frozenset({"completed", "failed", "cancelled", "expired"})
 OPEN: Final = ("running", "queued", "paused")
@@ -52,14 +52,19 @@ def outlook(job: p.Job, at: dt.datetime) -> str:
     """Why it waits and until when; for one that runs, when it will be done; for a final one, since when."""
     match job.state:
         case "queued":
-            return ", ".join(part for part in (given(job.reason), _when("starts", start_at(job), at)) if part)
+            return ", ".join(part for part in (why(job), _when("starts", start_at(job), at)) if part)
         case "running":
             asked = f"yields ({job.yielding})" if job.yielding is not UNSET else ""
             return asked or _when("done", finish_at(job), at)
         case "paused":
-            return given(job.reason)
+            return why(job)
     since = relative(job.finished_at, at) if job.finished_at is not UNSET else ""
     return ", ".join(part for part in (given(job.reason), since) if part)
+
+
+def why(job: p.Job) -> str:
+    """`FairShare: production is owed 212 s`."""
+    return ": ".join(part for part in (given(job.reason), given(job.reason_detail)) if part)
 
 
 def _when(what: str, moment: dt.datetime | UnsetType, at: dt.datetime) -> str:
@@ -101,14 +106,17 @@ def _facts(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
     yield "params", _params(job)
     yield "priority", job.priority
     yield "items", progress(job)
+    yield "failed with", failed_with(job)
     yield "failures max", "" if job.failures_max is UNSET else counted(job.failures_max)
     yield "position", "" if job.position is UNSET else counted(job.position)
     yield from _moments(job, at)
+    yield "first forecast", _foretold(job, at)
     yield "device", given(job.device)
     yield "attempt", _attempt(job)
     yield "retry of", "" if job.retry_of is UNSET else str(job.retry_of)
     yield "GPU time", "" if job.gpu_s is UNSET else spoken(job.gpu_s)
     yield "timings", _timings(job)
+    yield "tells", _tells(job)
 
 
 def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
@@ -126,6 +134,23 @@ def _moments(job: p.Job, at: dt.datetime) -> Iterator[tuple[str, str]]:
         yield key, "" if moment is UNSET else told(moment, at)
 
 
+def _foretold(job: p.Job, at: dt.datetime) -> str:
+    """`done 17:05:12, at the latest 17:06:02; it took 8 % longer`."""
+    if job.foretold is UNSET:
+        return ""
+    told_then = job.foretold
+    text = f"done {local(told_then.finish_at, at)}, at the latest {local(told_then.finish_by_90, at)}"
+    return text if told_then.error is UNSET else f"{text}; it took {longer(told_then.error)}"
+
+
+def longer(error: float) -> str:
+    """`8 % longer`, `3 % less`, `as long`: than was forecast."""
+    percent = round(abs(error) * 100)
+    if not percent:
+        return "as long"
+    return f"{counted(percent)} % {'longer' if error > 0 else 'less'}"
+
+
 def progress(job: p.Job) -> str:
     """`21,595 of 50,000 done (43 %)`; `21,592 done, 3 failed of 50,000 (43 %)`."""
     items = job.items
@@ -135,6 +160,20 @@ def progress(job: p.Job) -> str:
     else:
         text = f"{counted(items.done)} of {total} done"
     return text + (f" ({percent(items)} %)" if items.total else "")
+
+
+def failed_with(job: p.Job) -> str:
+    """`bad_json 12, rejected 3`: what is most first."""
+    codes = {} if job.failure_codes is UNSET else job.failure_codes
+    most_first = sorted(codes.items(), key=lambda code: (-code[1], code[0]))
+    return ", ".join(f"{code} {counted(count)}" for code, count in most_first)
+
+
+def _tells(job: p.Job) -> str:
+    """`ops, mailto:alice@example.org on start, finish`."""
+    whom = [] if job.notify is UNSET else job.notify
+    when = [] if job.notify_on is UNSET else job.notify_on
+    return " ".join(part for part in (", ".join(whom), f"on {', '.join(when)}" if when else "") if part)
 
 
 def percent(items: p.Items) -> int:
@@ -187,8 +226,8 @@ def ended(job: p.Job) -> Exit:
 
 def ending(job: p.Job) -> str:
     """`job 42 completed: 50,000 items, 3 failed`; `job 42 failed: HandlerFailing: no such model`."""
-    why = ": ".join(part for part in (given(job.reason), given(job.reason_detail)) if part)
-    return f"job {job.id} {job.state}: " + (f"{why}; " if why else "") + progress(job)
+    because = f"{why(job)}; " if why(job) else ""
+    return f"job {job.id} {job.state}: {because}{progress(job)}"
 
 
 # --- the status table -------------------------------------------------------------------------------------------
@@ -233,6 +272,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
         Column("TENANT", shrink=True),
         Column("LOADED", shrink=True),
         Column("MEMORY", right=True),
+        Column("BUSY", right=True),
+        Column("TEMP", right=True),
         Column("HARDWARE", shrink=True),
         Column("REASON", shrink=True),
     )
@@ -241,7 +282,8 @@ def device_page(devices: Sequence[p.DeviceView]) -> str:
 
 def _device_row(device: p.DeviceView) -> tuple[str, ...]:
     why = ": ".join(part for part in (given(device.reason), given(device.reason_detail)) if part)
-    memory = size(device.memory_bytes) if device.memory_bytes is not UNSET else ""
+    used = device.memory_used_bytes if device.memory_used_bytes is not UNSET else device.memory_bytes
+    memory = size(used) if used is not UNSET else ""
     if memory and device.memory_total_bytes is not UNSET:
         memory += f" of {size(device.memory_total_bytes)}"
     return (
@@ -251,6 +293,8 @@ def _device_row(device: p.DeviceView) -> tuple[str, ...]:
         given(device.tenant),
         " ".join(device.loaded),
         memory,
+        f"{device.utilisation:.0f} %" if device.utilisation is not UNSET else "",
+        f"{device.temperature_c:.0f} °C" if device.temperature_c is not UNSET else "",
         given(device.hardware),
         why,
     )
@@ -315,7 +359,7 @@ def _waiting(status: p.StatusTable, at: dt.datetime) -> str:
             given(job.name),
             counted(job.items.total - job.items.done - job.items.failed),
             str(job.position) if job.position is not UNSET else "",
-            given(job.reason),
+            why(job),
             _when("", start_at(job), at).strip(),
         )
         for job in status.waiting[:SHOWN_MAX]

@@ -45,6 +45,7 @@ WORST_FIRST: Final = (
 EXIT_OF: Final[dict[str, Exit]] = {
     ErrorCode.FORBIDDEN: Exit.FORBIDDEN,
     ErrorCode.NO_SUCH_JOB: Exit.USAGE,
+    ErrorCode.NO_SUCH_NOTIFICATION: Exit.USAGE,
     ErrorCode.BAD_REQUEST: Exit.USAGE,
     ErrorCode.BAD_STATE: Exit.USAGE,
     ErrorCode.TOO_MANY_CONNECTIONS: Exit.UNREACHABLE,
@@ -88,7 +89,11 @@ class Refusal(Failure):
 
 def complain_of(job: int, error: Error, *, alone: bool) -> Exit:
     """Tell what went wrong with one of several jobs, by its id; of a single one the message is enough."""
-    which = "" if alone else f"job {job}: "
+    return complain("" if alone else f"job {job}: ", error)
+
+
+def complain(which: str, error: Error) -> Exit:
+    """Tell what went wrong with one of several things, and go on."""
     failure = Failure(exit_of(error.code), f"{which}{_said(error)}")
     failure.show()
     return failure.exit

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Final
 
 import click
 from gpujobd import protocol as p
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from jobctl.command import message_option, session, tell, verb, write, write_json, write_list
+from jobctl.command import Session, message_option, session, tell, verb, write, write_json, write_list
 
 QUEUE_ACTIONS: Final = {
     "stop": "nothing more is started; submissions are accepted",
@@ -121,28 +123,75 @@ def param_words(name: str, rule: dict[str, object]) -> str:
 
 
 @verb("tenants")
-def tenants() -> None:
-    """List tenants: their share, what they got of the devices, and how far they are behind an equal split.
+@click.option("-w", "--watch", "stay", is_flag=True, help="Stay, and show it anew when something changes.")
+def tenants(stay: bool) -> None:
+    """List tenants: their share, what they got of the devices, how far they are behind an equal split, their limits.
 
-    Then what you take up yourself, and your quotas.
+    FORECAST is what came of the forecasts: how far off the ends of jobs were, and how many came by the time that
+    nine in ten should keep. Then what you take up yourself, and your quotas. Ctrl-C ends --watch.
 
-    Example:
+    Examples:
       jobctl tenants
+      jobctl tenants -w
+      jobctl tenants -w --json | jq -c '.tenants[] | [.name, .owed_s]'
     """
+    here = session()
+    if not stay:
+        _show_tenants(here, here.daemon.ask(p.Tenants(id=here.daemon.next_id()), p.TenantList), write)
+        return
+    request = p.Tenants(id=here.daemon.next_id(), follow=True)
+    show = Screen().show if sys.stdout.isatty() and not here.json else Pages().show
+    for reply in here.daemon.follow(lambda: request):
+        if isinstance(reply, p.TenantList):
+            _show_tenants(here, reply, show)
+
+
+def _show_tenants(here: Session, reply: p.TenantList, show: Callable[[str], None]) -> None:
+    if not here.json:
+        show(tenants_page(reply))
+        return
+    more = {"you": reply.you, "accuracy": reply.accuracy}
+    write_list("tenants", reply.tenants, **{key: value for key, value in more.items() if value is not UNSET})
+
+
+class Pages:
+    """One after the other, an empty line between."""
+
+    def __init__(self) -> None:
+        self._between = ""
+
+    def show(self, page: str) -> None:
+        write(self._between + page)
+        sys.stdout.flush()
+        self._between = "\n"
+
+
+class Screen:
+    """A page in the place of the one before, on a terminal; the last one stays when it ends."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+
+    def show(self, page: str) -> None:
+        from jobctl.table import screen_height, screen_width, shorten  # noqa: PLC0415
+
+        lines = [shorten(line, screen_width()) for line in page.splitlines()[: max(1, screen_height() - 1)]]
+        up = f"\x1b[{self._lines}A" if self._lines else ""
+        sys.stdout.write(up + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+        sys.stdout.flush()
+        self._lines = len(lines)
+
+
+def tenants_page(reply: p.TenantList) -> str:
     from jobctl.table import Column, counted, table  # noqa: PLC0415
     from jobctl.times import spoken  # noqa: PLC0415
 
-    here = session()
-    reply = here.daemon.ask(p.Tenants(id=here.daemon.next_id()), p.TenantList)
-    found = reply.tenants
-    if here.json:
-        write_list("tenants", found, **({"you": reply.you} if reply.you is not UNSET else {}))
-        return
     columns = [Column("TENANT", shrink=True)]
     columns += [
         Column(head, right=True)
         for head in ("SHARE", "GPU TIME", "OWED", "QUEUED", "RUNNING", "PAUSED", "ITEMS LEFT")
     ]
+    columns += [Column("LIMITS", shrink=True), Column("FORECAST", shrink=True)]
     rows = [
         (
             view.name,
@@ -153,15 +202,40 @@ def tenants() -> None:
             counted(view.running),
             counted(view.paused),
             counted(view.items_left),
+            limits_words(view),
+            accuracy_words(view.accuracy),
         )
-        for view in found
+        for view in reply.tenants
     ]
-    if rows:
-        write(table(columns, rows))
-    else:
-        tell("no tenant has submitted anything yet")
+    page = table(columns, rows) if rows else "no tenant has submitted anything yet\n"
+    if reply.accuracy is not UNSET:
+        jobs = counted(reply.accuracy.jobs)
+        page += f"\nforecasts of all, {jobs} jobs so far: {accuracy_words(reply.accuracy)}\n"
     if reply.you is not UNSET:
-        write(f"\nyou: {usage_words(reply.you)}\n")
+        page += f"\nyou: {usage_words(reply.you)}\n"
+    return page
+
+
+def limits_words(view: p.TenantView) -> str:
+    """`200 jobs, 10,000 items, 1.0 of 4.7 GiB`: what the tenant is held to; what is not configured is left out."""
+    from jobctl.table import counted, size  # noqa: PLC0415
+
+    words = []
+    if view.jobs_max is not UNSET:
+        words.append(f"{counted(view.jobs_max)} jobs")
+    if view.items_max is not UNSET:
+        words.append(f"{counted(view.items_max)} items")
+    if view.bytes_max is not UNSET:
+        kept = f"{size(view.bytes)} of " if view.bytes is not UNSET else ""
+        words.append(kept + size(view.bytes_max))
+    return ", ".join(words)
+
+
+def accuracy_words(accuracy: p.Accuracy | UnsetType) -> str:
+    """`12 % off, 91 % in time`."""
+    if accuracy is UNSET:
+        return ""
+    return f"{accuracy.error * 100:.0f} % off, {accuracy.by_90 * 100:.0f} % in time"
 
 
 def usage_words(you: p.Usage) -> str:
@@ -182,16 +256,19 @@ def usage_words(you: p.Usage) -> str:
 
 @verb("device")
 def device() -> None:
-    """Show the devices, what they hold and whether they are well.
+    """Show the devices: what is loaded, memory, load, temperature, who else is there, and whether they are well.
+
+    Without NVML (the Python module pynvml), it is said that nothing is known from outside.
 
     Example:
       jobctl device --json
     """
-    from jobctl.describe import device_page  # noqa: PLC0415
+    from jobctl.devices import devices_page  # noqa: PLC0415
+    from jobctl.times import now  # noqa: PLC0415
 
     here = session()
     found = here.daemon.ask(p.Devices(id=here.daemon.next_id()), p.DeviceList).devices
     if here.json:
         write_list("devices", found)
     else:
-        write(device_page(found))
+        write(devices_page(found, now()))

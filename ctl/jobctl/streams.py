@@ -150,7 +150,7 @@ def event_line(seq: int, event: dict[str, object]) -> str:
 
 UNTOLD: Final = {"vtime_ns", "timings", "vram_bytes"}
 """Fields of events that are for programs: they are in --json."""
-MOMENTS: Final = {"begin_ns", "deadline_ns", "forecast_ns", "retry_at_ns"}
+MOMENTS: Final = {"begin_ns", "deadline_ns", "retry_at_ns"}
 
 
 def _value(key: str, value: object) -> str:

@@ -26,7 +26,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobctl.check import BAD_LINES_MAX, Measured, measure
-from jobctl.command import Session, session, tell, verb, write, write_json
+from jobctl.command import Session, notify_options, occasions, session, tell, verb, write, write_json
 from jobctl.exits import Exit, Failure
 from jobctl.table import counted, size
 from jobctl.times import Moment, now, relative, told
@@ -47,6 +47,7 @@ COPY_BYTES: Final = 256 << 10
 @click.option(
     "--failures-max", type=click.IntRange(min=0), metavar="N", help="Fails if more items than that failed."
 )
+@notify_options
 @click.option("--wait", "stay", is_flag=True, help="Wait for its end; exits as `jobctl wait` does.")
 @click.option(
     "--dry-run", is_flag=True, help="Only say whether it would be accepted, and when it would start."
@@ -65,6 +66,8 @@ def submit(
     begin: object,
     deadline: object,
     failures_max: int | None,
+    notify: tuple[str, ...],
+    notify_on: tuple[str, ...],
     stay: bool,
     dry_run: bool,
     no_check: bool,
@@ -78,6 +81,7 @@ def submit(
     Examples:
       jobctl submit embed texts.jsonl
       jobctl submit embed texts.jsonl --param normalize=false --begin 2h --name nightly
+      jobctl submit embed texts.jsonl --notify mailto:alice@example.org --notify-on fail,progress=25%
       make-items | jobctl submit embed - --wait && jobctl output @ > vectors.jsonl
     """
     here = session()
@@ -100,6 +104,8 @@ def submit(
             deadline_at=deadline,  # type: ignore[arg-type]
             failures_max=-1 if failures_max is None else failures_max,
             dry_run=dry_run,
+            notify=list(notify),
+            notify_on=occasions(notify_on),
         )
         accepted = _send(here, header, source, input_path)
     if dry_run:

@@ -14,6 +14,7 @@ from typing import Final
 import click
 
 WIDTH_PLAIN: Final = 80  # where there is no terminal
+HEIGHT_PLAIN: Final = 24
 GAP: Final = "  "
 SHORTEST: Final = 6  # a column that is shortened keeps this much
 
@@ -24,6 +25,8 @@ COLOURS: Final = {
     "failed": "red",
     "expired": "red",
     "unhealthy": "red",
+    "driver_mismatch": "red",
+    "busy_elsewhere": "yellow",
 }
 
 
@@ -114,6 +117,14 @@ def screen_width() -> int:
         return os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH_PLAIN
     except OSError:
         return WIDTH_PLAIN
+
+
+def screen_height() -> int:
+    """Lines of the terminal that stdout is."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).lines or HEIGHT_PLAIN
+    except OSError:
+        return HEIGHT_PLAIN
 
 
 def counted(number: int) -> str:

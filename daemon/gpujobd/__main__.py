@@ -59,11 +59,11 @@ def serve(
 @click.option("--config", "config_file", type=FILE, help="Configuration; handlers.d is beside it.")
 def check(config_file: Path | None) -> None:
     """Check the configuration and the handlers' files. Exit status 0 if they are good, 78 if not."""
-    from gpujobd import config  # noqa: PLC0415
+    from gpujobd import config, settings  # noqa: PLC0415
 
     try:
         found = config.load(config_file)
-    except config.ConfigError as error:
+    except settings.ConfigError as error:
         click.echo(f"gpujobd: {error}", err=True)
         sys.exit(78)
     where = config_file or config.default_config_path()

@@ -5,61 +5,26 @@ Rule 2: names are looked up in a thread and cached: a directory server that hang
 by those who were known before. Nobody is let in under a guessed name: jobs would be charged to it for ever.
 Rule 3: nobody acts on rights that were looked up more than a minute ago, or under another configuration, however long
 the connection lasts. What the kernel said at connect(), uid and groups, stays, as it does for any process.
-Rule 4: descriptors are not taken: where the kernel knows how (Linux 6.16), who sends one is told so; else receiving
-without a place for them drops them.
 """
 
 from __future__ import annotations
 
-import errno
 import grp
 import os
 import pwd
-import socket
-import struct
 from collections.abc import Iterable
 from typing import Final
 
-import msgspec
 import trio
 
 from gpujobd.config import Config
 from gpujobd.core.inputs import Who
+from gpujobd.peer import Peer
 
-SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; not in Python's socket module
-SO_PASSRIGHTS: Final = 83  # the same
-GETSOCKOPT_BYTES_MAX: Final = 1024  # Python's own limit
 NAMES_KEPT_S: Final = 60.0
 LOOK_UP_S: Final = 5.0
 KNOWN_MAX: Final = 10_000
 LOOK_UPS_MAX: Final = 8  # threads of their own: those that hang must not be missed elsewhere
-
-
-class Peer(msgspec.Struct, frozen=True):
-    pid: int
-    uid: int
-    gids: tuple[int, ...]
-
-
-def peer(sock: trio.socket.SocketType | socket.socket) -> Peer:
-    """The process that called connect(), as it was then (unix(7))."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    try:
-        groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GETSOCKOPT_BYTES_MAX)
-    except OSError as error:
-        if error.errno != errno.ERANGE:
-            raise
-        groups = b""  # more than 256 groups: only the first one counts
-    return Peer(pid, uid, (gid, *struct.unpack(f"{len(groups) // 4}i", groups)))
-
-
-def take_no_descriptors(sock: trio.socket.SocketType | socket.socket) -> None:
-    """A descriptor can hang who closes it, for as long as a FUSE server likes: let the kernel refuse it."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-    except OSError as error:
-        if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
-            raise
 
 
 class Directory:

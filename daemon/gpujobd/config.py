@@ -17,26 +17,19 @@ import math
 import os
 import re
 import sys
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from gpujobd.core.model import S_NS, HandlerRule, ParamRule, ParamValue, Rules, TenantRule
+from gpujobd.settings import ConfigError, Name, Positive, PositiveSeconds, read, wrong
 
-Positive = Annotated[int, Meta(ge=1, le=10**15)]
-PositiveSeconds = Annotated[float, Meta(gt=0, le=1e9)]  # 30 years: what is longer is meant as "never"
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Devices = Annotated[tuple["DeviceName", ...], Meta(min_length=1)]
 DeviceName = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]+)$")]
 
 SYSTEM_CONFIG: Final = Path("/etc/gpujobd/gpujobd.toml")
-
-
-class ConfigError(Exception):
-    """Names file, line and key."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,7 +86,9 @@ class Worker(Section, frozen=True):
 
 class Access(Section, frozen=True):
     admins: tuple[str, ...] = ("gpujobd-admin",)  # group names; root always
-    observers: tuple[str, ...] = ()  # users, or groups as "@name": they follow every event and nothing else
+    observers: tuple[str, ...] = (
+        "gpujobd-notify",
+    )  # users, or groups as "@name": they see every job and event
     high_priority: tuple[str, ...] = ()  # users or "@groups" that may submit with --priority high
 
 
@@ -210,7 +205,7 @@ def load(path: Path | None) -> Config:
 
 
 def _load(path: Path, *, named: bool) -> Config:
-    file = _read(path, File) if named or path.exists() else File()
+    file = read(path, File) if named or path.exists() else File()
     folder = path.parent / "handlers.d"
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     handlers = {entry.stem: _handler(entry) for entry in entries if entry.suffix == ".toml"}
@@ -220,9 +215,9 @@ def _load(path: Path, *, named: bool) -> Config:
 def _handler(path: Path) -> Handler:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", path.stem):
         raise ConfigError(f"{path}: a handler's name has 1 to 64 letters, digits, _ and -")
-    handler = _read(path, Handler)
+    handler = read(path, Handler)
     if handler.python and not (os.path.isfile(handler.python) and os.access(handler.python, os.X_OK)):
-        raise _wrong(path, "python", f"{handler.python} cannot be run")
+        raise wrong(path, "python", f"{handler.python} cannot be run")
     for name, param in handler.job_params.items():
         _check_param(path, f"job_params.{name}", param)
     return handler
@@ -233,104 +228,22 @@ def _check_param(path: Path, section: str, param: ParamSection) -> None:
     for key, values in (("default", (param.default,)), ("choices", param.choices)):
         for value in values:
             if value is not None and not _is_a(param.type, value):
-                raise _wrong(path, f"{section}.{key}", f"{value!r} is no {param.type}")
+                raise wrong(path, f"{section}.{key}", f"{value!r} is no {param.type}")
     if param.choices and param.default is not None and param.default not in param.choices:
-        raise _wrong(path, f"{section}.default", f"{param.default!r} is none of the choices")
+        raise wrong(path, f"{section}.default", f"{param.default!r} is none of the choices")
     for key, bound in (("min", param.min), ("max", param.max)):
         if bound is not None and param.type not in ("int", "float"):
-            raise _wrong(path, f"{section}.{key}", f"a {param.type} has no bounds")
+            raise wrong(path, f"{section}.{key}", f"a {param.type} has no bounds")
     least = -math.inf if param.min is None else param.min
     most = math.inf if param.max is None else param.max
     if not least <= most:
-        raise _wrong(path, f"{section}.max", f"{most:g} is below min")
+        raise wrong(path, f"{section}.max", f"{most:g} is below min")
     if isinstance(param.default, int | float) and not least <= param.default <= most:
-        raise _wrong(path, f"{section}.default", f"{param.default!r} is out of bounds")
+        raise wrong(path, f"{section}.default", f"{param.default!r} is out of bounds")
 
 
 def _is_a(kind: str, value: ParamValue) -> bool:
     return type(value).__name__ == kind or (kind == "float" and type(value) is int)
-
-
-def _wrong(path: Path, key: str, what: str) -> ConfigError:
-    section, _, last = key.rpartition(".")
-    return ConfigError(f"{path}: line {_line_of(path.read_text(), last, section)}: {key}: {what}")
-
-
-T = TypeVar("T")
-
-
-def _read(path: Path, shape: type[T]) -> T:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return msgspec.convert(tomllib.loads(text), shape)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_place(text, shape, str(error))}") from None
-
-
-def _place(text: str, shape: type, message: str) -> str:
-    """Turn msgspec's "... - at `$.limits.x`" into a line and a key.
-
-    It names no key of a table with free names (`$.tenants[...].share`): the one that is wrong is searched for.
-    """
-    what, _, where = message.partition(" - at `")
-    where = re.sub(r"^key` in `|\[\d+\]|`$", "", where).lstrip("$").strip(".")
-    if "[...]" in where:
-        where = _named_key(text, shape, where, message)
-    unknown = re.search(r"unknown field `([^`]+)`", what)
-    missing = re.search(r"missing required field `([^`]+)`", what)
-    keys = [k for k in where.split(".") if k] + ([unknown[1]] if unknown else [])
-    if missing:
-        line = _line_of(text, "", ".".join(keys))
-        return f"line {line}: {'.'.join([*keys, missing[1]])}: is required"
-    line = _line_of(text, keys[-1], ".".join(keys[:-1]))
-    return f"line {line}: {'.'.join(keys)}: {'unknown key' if unknown else what}"
-
-
-def _named_key(text: str, shape: type, where: str, message: str) -> str:
-    """`tenants[...].share` as `tenants.NAME.share`, for the first NAME that alone brings the same message."""
-    table, _, rest = where.partition("[...]")
-    known = tomllib.loads(text)
-    if table not in known or not isinstance(known[table], dict):
-        return where.replace("[...]", "")
-    for name, section in known[table].items():
-        try:
-            msgspec.convert(known | {table: {name: section}}, shape)
-        except msgspec.ValidationError as error:
-            if str(error) == message:
-                return f"{table}.{name}{rest}".replace("[...]", "")
-    return where.replace("[...]", "")
-
-
-def _line_of(text: str, key: str, section: str) -> int:
-    """Line that sets `key` in `section`; else the line that opens the section, or a part of it; else 1."""
-    current, opened = "", 0
-    full = f"{section}.{key}".strip(".")
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+([^\]]+)\]", line):
-            current = _bare(header[1])
-            if current in (section, full) and not opened:
-                opened = number
-            continue
-        if setting := re.match(r"\s*([\w.\"'-]+)\s*=", line):
-            name = f"{current}.{_bare(setting[1])}".strip(".")
-            if name == full:
-                return number
-            if full.startswith(f"{name}.") and not opened:  # an inline table
-                opened = number
-    return opened or 1
-
-
-def _bare(key: str) -> str:
-    """A TOML key without quotes and spaces."""
-    return re.sub(r"[\s\"']", "", key)
 
 
 AT_START: Final = frozenset({"devices"})

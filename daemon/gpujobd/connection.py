@@ -26,10 +26,10 @@ from typing import Final
 import trio
 
 from gpujobd import protocol
-from gpujobd.access import Peer
 from gpujobd.catalog import kind
 from gpujobd.core.inputs import Who
 from gpujobd.guests import Guest
+from gpujobd.peer import Peer
 from gpujobd.protocol import AnyReply, AnyRequest, ErrorCode, Frames
 
 log = logging.getLogger("gpujobd.server")

@@ -37,7 +37,7 @@ import trio
 from gpujobd import __version__, config, entries, report
 from gpujobd.access import Directory
 from gpujobd.catalog import kind
-from gpujobd.config import Config, ConfigError
+from gpujobd.config import Config
 from gpujobd.core import inputs, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.events import AnyEvent, Checkpointed, ReservationReleased, Reserved, Submitted, decode
@@ -49,6 +49,7 @@ from gpujobd.journal import Journal, JournalBusyError, JournalDead, JournalError
 from gpujobd.notify import Notifier
 from gpujobd.outlooks import Outlooks
 from gpujobd.server import Server
+from gpujobd.settings import ConfigError
 from gpujobd.snapfile import SnapshotDamagedError
 from gpujobd.spool import Spool
 from gpujobd.status import status
@@ -167,6 +168,7 @@ class Daemon:
         self._turns.followers += [
             self._feed.follow,
             self._server.follow,
+            self._outlooks.follow,
             self._janitor.follow,
             lambda facts: report.facts(self._turns.state, facts, self._directory.name),
             self._poke,

@@ -68,7 +68,7 @@ class Grant:
         if self.log:
             self.log.close()
 
-    def message(self, handler: Handler) -> messages.Lease:
+    def message(self, handler: Handler, *, gives_way: bool = False) -> messages.Lease:
         assert self.folder is not None
         job = self.job
         defaults = {name: p.default for name, p in handler.job_params.items() if p.default is not None}
@@ -85,6 +85,7 @@ class Grant:
             # Those that wait for the canary as well: a worker whose canary fails never gets to them.
             condemned=tuple(sorted({*job.condemned, *(job.canary_due if self.canary else ())})),
             canary=self.canary,
+            gives_way=gives_way,
         )
 
 

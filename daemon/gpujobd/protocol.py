@@ -8,7 +8,8 @@ may be pipelined; every reply quotes the id. One request has one final reply; Ev
 of `EventSeen`, `JobChanged` and `LogPiece` before it.
 Rule 2: `ErrorCode` values and tags are wire format: add, never rename.
 Rule 3: an absent key means "not known".
-Rule 4: this module imports the standard library and msgspec, nothing of the daemon: the client lives on it alone.
+Rule 4: this module imports the standard library and msgspec, nothing of the daemon: the client lives on it alone, and
+so does the notifier, whose own socket speaks the same frames with verbs of its own (`AnyNotifierRequest`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import os
+import re
 import struct
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -29,30 +31,42 @@ INLINE_BYTES_MAX: Final = 64 << 10  # an input up to this size rides in the Subm
 CHUNK_BYTES_MAX: Final = 512 << 10
 PAGE_JOBS_MAX: Final = 500  # jobs in one Jobs reply
 IN_FLIGHT_MAX: Final = 64  # requests of one connection without their final reply
+NOTIFY_TARGETS_MAX: Final = 8  # of one job
+NOTIFY_TARGET_CHARS_MAX: Final = 500
+ATTEND_WORDS_MAX: Final = 256  # in each list of an Attend
+ATTEND_WORD_CHARS_MAX: Final = 253  # a host's name in full
+PAGE_NOTIFICATIONS_MAX: Final = 500  # in one NotificationList
 
 HEAD: Final = struct.Struct("<I")
+_T = TypeVar("_T")
 
 SYSTEM_SOCKET: Final = "/run/gpujobd/control.sock"
+SYSTEM_NOTIFY_SOCKET: Final = "/run/gpujobd-notify/control.sock"
 
 
-def own_socket() -> str:
-    """Where a daemon that runs as an ordinary user listens, and its user's client looks.
+def own_socket(program: str = "gpujobd") -> str:
+    """Where a daemon (or a notifier) that runs as an ordinary user listens, and its user's client looks.
 
     In the user's run-time folder where there is one, else beside the state. Relative paths in the environment are
     ignored, as the XDG base directory specification asks.
     """
     for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}"):
         if os.path.isabs(folder) and os.path.isdir(folder):
-            return os.path.join(folder, "gpujobd", "control.sock")
+            return os.path.join(folder, program, "control.sock")
     folder = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(folder):
         folder = os.path.expanduser("~/.local/state")
-    return os.path.join(folder, "gpujobd", "control.sock")
+    return os.path.join(folder, program, "control.sock")
 
 
 def socket_paths() -> list[str]:
     """Where a client looks for a daemon, in this order: the user's own, then the system's."""
     return [own_socket(), SYSTEM_SOCKET]
+
+
+def notify_socket_paths() -> list[str]:
+    """The same for the notifier."""
+    return [own_socket("gpujobd-notify"), SYSTEM_NOTIFY_SOCKET]
 
 
 class ErrorCode(enum.StrEnum):
@@ -73,18 +87,56 @@ class ErrorCode(enum.StrEnum):
     DISK_LOW = "disk_low"
     DRAINING = "draining"
     DISABLED = "disabled"
+    NO_NOTIFIER = "no_notifier"  # nobody is there to send what `notify` asks for
+    BAD_NOTIFY = "bad_notify"  # a target that may not be used, or a word that is no occasion
     # Exit code 4.
     FORBIDDEN = "forbidden"
     # Exit code 2.
     NO_SUCH_JOB = "no_such_job"
     BAD_REQUEST = "bad_request"
     BAD_STATE = "bad_state"  # the job is not in a state in which that can be done
+    NO_SUCH_NOTIFICATION = "no_such_notification"
     # Exit code 3: the daemon cannot serve now.
     TOO_MANY_CONNECTIONS = "too_many_connections"
     TOO_MANY_REQUESTS = "too_many_requests"
     TIMED_OUT = "timed_out"
     NOT_ACCEPTED = "not_accepted"  # the journal is dead: what was kept, the next start knows
     INTERNAL = "internal"
+
+
+# --- whom to tell, and when ---------------------------------------------------------------------------------------
+
+NOBODY: Final = "none"
+"""As the only target of a job: nobody is told, whatever its owner's defaults, or the job it is a retry of, say."""
+
+
+class NotifyOn(enum.StrEnum):
+    """The occasions of `notify_on`. Beside them stands `progress=N%`: whenever another N % of the items were tried."""
+
+    START = "start"  # the first lease
+    FINISH = "finish"  # a final state, whichever; what an empty `notify_on` means
+    FAIL = "fail"  # failed, expired, or completed with failed items; with `finish` it is told once
+    PAUSE = "pause"  # for any reason but the daemon's own stop
+    STALL = "stall"  # a lease was lost because its worker stalled or was silent
+
+
+def progress_step(occasion: str) -> int | None:
+    """N of `progress=N%`, 1 to 99; None for anything else."""
+    found = re.fullmatch("progress=([1-9][0-9]?)%", occasion, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def is_occasion(word: str) -> bool:
+    """Whether `notify_on` may have this word."""
+    return word in {*NotifyOn} or progress_step(word) is not None
+
+
+def covers(pattern: str, host: str) -> bool:
+    """Whether a pattern of Attend means this host or domain: itself, `*.DOMAIN` all that is below it, `*` any."""
+    pattern, host = pattern.lower(), host.lower().rstrip(".")
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:]) and len(host) > len(pattern) - 1
+    return pattern in ("*", host)
 
 
 # --- client to daemon -------------------------------------------------------------------------------------------
@@ -110,7 +162,8 @@ class Status(Request, frozen=True, tag="status"):
 class Submit(Request, frozen=True, tag="submit"):
     """Header of a submission. With `input`, all of it; without, Chunk frames follow after GoOn.
 
-    Times are msgpack timestamps. `submit_id`: 1 to 64 printable ASCII characters, made by the client.
+    Times are msgpack timestamps. `submit_id`: 1 to 64 printable ASCII characters, made by the client. `notify`: each a
+    name of an endpoint, `https://...`, `http://...` or `mailto:ADDRESS`; `notify_on`: words of NotifyOn, `progress=N%`.
     """
 
     submit_id: str
@@ -128,6 +181,8 @@ class Submit(Request, frozen=True, tag="submit"):
     failures_max: int = -1
     dry_run: bool = False
     input: bytes | None = None
+    notify: list[str] = []  # at most NOTIFY_TARGETS_MAX
+    notify_on: list[str] = []  # empty: finish
 
 
 class Chunk(Request, frozen=True, tag="chunk"):
@@ -216,6 +271,8 @@ class Retry(Request, frozen=True, tag="retry"):
     submit_id: str
     failed_items: bool = False
     message: str = ""
+    notify: list[str] = []  # empty: as for the final one; as for Submit else
+    notify_on: list[str] = []  # the same
 
 
 class SetPriority(Request, frozen=True, tag="priority"):
@@ -244,11 +301,26 @@ class Handlers(Request, frozen=True, tag="handlers"):
 
 
 class Tenants(Request, frozen=True, tag="tenants"):
-    pass
+    """With `follow`, a TenantList now and after changes, at most one a second, for ever."""
+
+    follow: bool = False
 
 
 class Devices(Request, frozen=True, tag="devices"):
     pass
+
+
+class Attend(Request, frozen=True, tag="attend"):
+    """The notifier is here, and tells what it can reach: at once, and whenever that changes.
+
+    It counts as here until this connection ends. Each list has at most ATTEND_WORDS_MAX words of at most
+    ATTEND_WORD_CHARS_MAX characters. A pattern is a host or domain, `*.DOMAIN` for all below it, or `*` for any.
+    """
+
+    names: list[str] = []  # endpoints that users may name
+    admin_names: list[str] = []  # endpoints that only administrators may name
+    url_hosts: list[str] = []  # patterns; empty: no webhooks by URL
+    mail_domains: list[str] = []  # patterns; empty: no mailto:
 
 
 AnyRequest = (
@@ -276,6 +348,7 @@ AnyRequest = (
     | Handlers
     | Tenants
     | Devices
+    | Attend
 )
 
 
@@ -292,6 +365,26 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     start_at: dt.datetime | UnsetType = UNSET
     finish_at: dt.datetime | UnsetType = UNSET  # 50 %
     finish_by_90: dt.datetime | UnsetType = UNSET
+
+
+class Foretold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The first forecast after the submission; of a completed job, what came of it."""
+
+    made_at: dt.datetime
+    finish_at: dt.datetime
+    finish_by_90: dt.datetime
+    start_at: dt.datetime | UnsetType = UNSET
+    error: float | UnsetType = UNSET
+    kept_90: bool | UnsetType = UNSET
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of the forecasts of completed jobs: moving means."""
+
+    jobs: int
+    error: float
+    late: float
+    by_90: float
 
 
 class JobTimings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -320,6 +413,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     yielding: str | UnsetType = UNSET  # why a running job is being asked to give its lease back
     position: int | UnsetType = UNSET  # 1: next to start
     forecast: Forecast | UnsetType = UNSET
+    foretold: Foretold | UnsetType = UNSET
     begin_at: dt.datetime | UnsetType = UNSET
     deadline_at: dt.datetime | UnsetType = UNSET
     started_at: dt.datetime | UnsetType = UNSET
@@ -331,6 +425,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failures_max: int | UnsetType = UNSET
     gpu_s: float | UnsetType = UNSET  # device time charged so far
     timings: JobTimings | UnsetType = UNSET
+    failure_codes: dict[str, int] | UnsetType = UNSET  # failed items by error code; beyond ten, as `other`
+    notify: list[str] | UnsetType = UNSET  # only its owner, administrators and observers are shown this,
+    notify_on: list[str] | UnsetType = UNSET  # and this
+
+
+class HeldView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    handler: str
+    pid: int
+    bytes: int
+
+
+class OtherView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pid: int
+    bytes: int | UnsetType = UNSET
+    command: str | UnsetType = UNSET  # for administrators
+    user: str | UnsetType = UNSET  # for administrators
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -344,6 +454,20 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int | UnsetType = UNSET
     memory_total_bytes: int | UnsetType = UNSET
     hardware: str | UnsetType = UNSET  # "NVIDIA H200", or the CPU's model name
+    since: dt.datetime | UnsetType = UNSET  # in this state
+    held: list[HeldView] | UnsetType = UNSET
+    others: list[OtherView] | UnsetType = UNSET  # the largest; the rest is in others_bytes
+    others_bytes: int | UnsetType = UNSET
+    memory_used_bytes: int | UnsetType = UNSET  # by everybody
+    utilisation: float | UnsetType = UNSET
+    temperature_c: float | UnsetType = UNSET
+    power_w: float | UnsetType = UNSET
+    power_limit_w: float | UnsetType = UNSET
+    throttled: list[str] | UnsetType = UNSET
+    uuid: str | UnsetType = UNSET
+    driver: str | UnsetType = UNSET
+    seen_at: dt.datetime | UnsetType = UNSET
+    unseen: str | UnsetType = UNSET  # why nothing of it is known from outside
 
 
 class HandlerView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -366,6 +490,11 @@ class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     paused: int
     items_left: int
+    jobs_max: int | UnsetType = UNSET  # queued, running and paused
+    items_max: int | UnsetType = UNSET  # items left
+    bytes_max: int | UnsetType = UNSET
+    bytes: int | UnsetType = UNSET  # inputs and outputs: for those who may submit as this tenant
+    accuracy: Accuracy | UnsetType = UNSET  # of forecasts
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -490,6 +619,7 @@ class HandlerList(Reply, frozen=True, tag="handlers"):
 class TenantList(Reply, frozen=True, tag="tenants"):
     tenants: list[TenantView]
     you: Usage | UnsetType = UNSET
+    accuracy: Accuracy | UnsetType = UNSET  # of the forecasts for all tenants
 
 
 class DeviceList(Reply, frozen=True, tag="devices"):
@@ -518,6 +648,104 @@ AnyReply = (
 )
 
 
+# --- client to notifier, over its own socket --------------------------------------------------------------------
+
+
+class Notifications(Request, frozen=True, tag="notifications"):
+    """What was sent, is to be sent or cannot be, oldest first, a page at a time; and the state of every endpoint.
+
+    Of the caller's own jobs; of everybody's for root and the administrators that the notifier is configured with.
+    """
+
+    job: int = 0  # 0: of all jobs
+    states: list[str] = []  # of NotificationState; empty: every state
+    all: bool = False  # everybody's, where the caller may see them; else his own alone
+    after: int = 0  # id; the `next` of the page before
+    limit: int = PAGE_NOTIFICATIONS_MAX
+
+
+class NotificationRetry(Request, frozen=True, tag="notification_retry"):
+    """Send it, now: one that failed, or one that waits for its next try."""
+
+    notification: int
+
+
+class NotificationMute(Request, frozen=True, tag="notification_mute"):
+    """Keep quiet about a job, to an endpoint, or about a job to an endpoint: at least one of them is named."""
+
+    job: int = 0
+    endpoint: str = (
+        ""  # muting one for all jobs of everybody takes an administrator; for one's own jobs it does not
+    )
+    muted: bool = True
+
+
+class NotifyDefaults(Request, frozen=True, tag="notify_defaults"):
+    """Read (or, with `set`, replace) what holds for the caller's jobs that are submitted without `notify`."""
+
+    set: bool = False
+    notify: list[str] = []  # empty: nobody is told
+    notify_on: list[str] = []
+
+
+AnyNotifierRequest = Hello | Ping | Notifications | NotificationRetry | NotificationMute | NotifyDefaults
+
+
+# --- notifier to client -----------------------------------------------------------------------------------------
+
+
+class NotificationState(enum.StrEnum):
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"  # given up, or its endpoint is disabled
+    MUTED = "muted"
+
+
+class NotificationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One thing to be told to one target."""
+
+    id: int
+    job: int
+    kind: str  # of NotifyOn, or `progress=50%`: half of its items were tried
+    target: str  # as it was given
+    endpoint: str  # through which it goes
+    state: str
+    tries: int
+    due_at: dt.datetime  # when what it tells happened
+    created_at: dt.datetime  # when the notifier learned of it
+    delivered_at: dt.datetime | UnsetType = UNSET
+    next_try_at: dt.datetime | UnsetType = UNSET
+    last_error: str | UnsetType = UNSET
+    owner: str | UnsetType = UNSET  # of the job; user name, or the uid in digits
+
+
+class EndpointView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One endpoint, and its circuit breaker."""
+
+    name: str
+    kind: str  # webhook, mail, hook
+    state: str  # closed: it is tried; open: not before until_at; half_open: one try decides
+    in_flight: int
+    queued: int
+    until_at: dt.datetime | UnsetType = UNSET
+    last_error: str | UnsetType = UNSET
+    disabled: str | UnsetType = UNSET  # why it is not used any more
+
+
+class NotificationList(Reply, frozen=True, tag="notifications"):
+    notifications: list[NotificationView]
+    endpoints: list[EndpointView]
+    next: int = 0  # `after` of the next page; 0: this is the last
+
+
+class Defaults(Reply, frozen=True, tag="defaults"):
+    notify: list[str]
+    notify_on: list[str]
+
+
+AnyNotifierReply = Welcome | Error | Done | Pong | NotificationList | Defaults
+
+
 # --- frames -----------------------------------------------------------------------------------------------------
 
 
@@ -528,16 +756,18 @@ class FrameError(Exception):
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
 _replies: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
+_notifier_requests: msgspec.msgpack.Decoder[AnyNotifierRequest] = msgspec.msgpack.Decoder(AnyNotifierRequest)
+_notifier_replies: msgspec.msgpack.Decoder[AnyNotifierReply] = msgspec.msgpack.Decoder(AnyNotifierReply)
 
 
-def frame(message: AnyRequest | AnyReply) -> bytes:
+def frame(message: AnyRequest | AnyReply | AnyNotifierRequest | AnyNotifierReply) -> bytes:
     """Encode one message as one frame."""
     body = _encoder.encode(message)
     assert 0 < len(body) <= FRAME_BYTES_MAX, len(body)  # pairs with Frames
     return HEAD.pack(len(body)) + body
 
 
-def size(record: Job | TenantView) -> int:
+def size(record: Job | TenantView | NotificationView) -> int:
     """Bytes that it takes in a frame."""
     return len(_encoder.encode(record))
 
@@ -576,15 +806,26 @@ class Frames:
 
 def decode_request(body: bytes) -> AnyRequest:
     """Raises: FrameError for anything that is no request; nothing else escapes, whatever the bytes."""
-    try:
-        return _requests.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-        raise FrameError(f"not a request: {error}") from None
+    return _decoded(_requests, body, "a request")
 
 
 def decode_reply(body: bytes) -> AnyReply:
     """Raises: FrameError for anything that is no reply."""
+    return _decoded(_replies, body, "a reply")
+
+
+def decode_notifier_request(body: bytes) -> AnyNotifierRequest:
+    """Raises: FrameError for anything that is no request to the notifier."""
+    return _decoded(_notifier_requests, body, "a request to the notifier")
+
+
+def decode_notifier_reply(body: bytes) -> AnyNotifierReply:
+    """Raises: FrameError for anything that is no reply of the notifier."""
+    return _decoded(_notifier_replies, body, "a reply of the notifier")
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_T], body: bytes, what: str) -> _T:
     try:
-        return _replies.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-        raise FrameError(f"not a reply: {error}") from None
+        raise FrameError(f"not {what}: {error}") from None

@@ -20,12 +20,16 @@ from gpujobd.core.events import (
     Cancelled,
     Checkpointed,
     Completed,
+    DeviceCleared,
+    DeviceCrowded,
     DeviceFellIll,
     DeviceRecovered,
     DiskFilled,
     DiskFreed,
+    DriverMismatched,
     Expired,
     Failed,
+    Foretold,
     HandlerLoaded,
     HandlerLoadFailed,
     InputsSpooled,
@@ -58,6 +62,7 @@ FREQUENT: Final = frozenset(
         ReservationReleased,
         InputsSpooled,
         Woken,
+        Foretold,
         SubmitIdsForgotten,
         WorkerGone,
     }
@@ -108,6 +113,15 @@ def _of_the_house(event: AnyEvent, name: Namer) -> None:
         case DeviceRecovered():
             extra = kind("device_recovered", device=event.device)
             log.info("device %s is ok again", event.device, extra=extra)
+        case DeviceCrowded():
+            extra = kind("device_crowded", device=event.device)
+            log.warning("device %s is busy elsewhere: %s", event.device, event.detail, extra=extra)
+        case DeviceCleared():
+            extra = kind("device_cleared", device=event.device)
+            log.info("device %s has room for every handler again", event.device, extra=extra)
+        case DriverMismatched():
+            extra = kind("driver_mismatched", device=event.device)
+            log.error("device %s: the driver was replaced: %s", event.device, event.detail, extra=extra)
         case DiskFilled():
             log.error("the disk is full, work waits: %s", event.detail, extra=kind("disk_filled"))
         case DiskFreed():
@@ -222,6 +236,7 @@ def _stages(job: Job) -> dict[str, object]:
         "items": job.items,
         "failed": job.checkpoint.failed,
         "items_per_s": round(tried / used_s, 1) if used_s > 0 else None,
+        "forecast_error": None if job.forecast_error is None else round(job.forecast_error, 3),
     }
 
 

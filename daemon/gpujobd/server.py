@@ -23,21 +23,23 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from gpujobd import __version__, protocol, views
-from gpujobd.access import Directory, Peer, peer, take_no_descriptors
+from gpujobd.access import Directory
 from gpujobd.catalog import kind
 from gpujobd.config import Config
 from gpujobd.connection import PING_S, Connection, Connections
 from gpujobd.core import inputs, model, policy
-from gpujobd.core.admission import Refused
-from gpujobd.core.events import AnyEvent
+from gpujobd.core.apply import job_of
+from gpujobd.core.events import AnyEvent, Submitted
 from gpujobd.core.inputs import AnyInput, Who
 from gpujobd.core.model import FINAL, JobState, State
+from gpujobd.core.refused import Refused
 from gpujobd.core.rights import allowed
 from gpujobd.feed import Feed
 from gpujobd.guests import CONNECTIONS_MAX as CONNECTIONS_PER_UID_MAX
 from gpujobd.guests import STREAMS_MAX, Guest, Guests
 from gpujobd.journal import JournalDead
 from gpujobd.outlooks import Outlooks
+from gpujobd.peer import Peer, peer, take_no_descriptors
 from gpujobd.protocol import AnyRequest, ErrorCode
 from gpujobd.spool import Spool
 from gpujobd.submissions import Submissions
@@ -54,6 +56,8 @@ JOBS_A_PASS: Final = 16  # shown between two looks at who else wants the loop: a
 PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are their owners' choice
 LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
 SURVEY_KEPT_NS: Final = 100_000_000
+TENANTS_GAP_S: Final = 1.0  # between two lists that are pushed
+ANYTHING: Final = 0  # no job has this number
 LOG_READ_BYTES: Final = 64 << 10
 
 NO_NAMES: Final = protocol.Error(
@@ -92,7 +96,8 @@ class Server:
         self._places = _places()
         self._complained_at = -math.inf
         self._accepting = trio.CancelScope()
-        self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log
+        self._attending: dict[Connection, protocol.Attend] = {}  # the newest last: it is the one that counts
+        self._watchers: dict[int, set[trio.Event]] = {}  # job id, or -id for its log, or ANYTHING
         self._verbs: dict[type, Verb] = {
             protocol.Ping: self._ping,
             protocol.Status: self._status,
@@ -117,6 +122,7 @@ class Server:
             protocol.Handlers: self._handlers,
             protocol.Tenants: self._tenants,
             protocol.Devices: self._devices,
+            protocol.Attend: self._attend,
         }
 
         self._surveyed: tuple[int, int, policy.Survey] | None = (
@@ -129,6 +135,7 @@ class Server:
 
     def reload(self, config: Config) -> None:
         self._config = config
+        self._wake_watchers(ANYTHING)
 
     async def hush(self) -> None:
         """The daemon is about to end: nothing more is asked, and what was asked is answered; then return."""
@@ -253,6 +260,34 @@ class Server:
 
         self._turns.ask(given, answer)
 
+    def _attend(self, c: Connection, request: protocol.Attend) -> None:
+        def answer(outcome: Outcome) -> None:
+            if isinstance(outcome, Exception):
+                fail(c, request.id, outcome)
+            else:
+                self._attends(c, request)
+                c.finish(protocol.Done(id=request.id))
+
+        self._turns.ask(_attendance(request, c.who), answer)
+
+    def _attends(self, c: Connection, request: protocol.Attend) -> None:
+        again = self._attending.pop(c, None) is not None
+        self._attending[c] = request
+        if c.leaving:
+            self._left(c)
+        elif not again:
+            c.on_close.append(lambda: self._left(c))
+
+    def _left(self, c: Connection) -> None:
+        """Of several notifiers, such as one and that which takes its place, the newest that is left counts."""
+        if self._attending.pop(c, None) is None:
+            return
+        if self._attending:
+            other, said = next(reversed(self._attending.items()))
+            self._turns.put(_attendance(said, other.who))
+        else:
+            self._turns.put(inputs.Leave())
+
     def _submit(self, c: Connection, request: protocol.Submit) -> None:
         self._submissions.submit(c, request)
 
@@ -321,12 +356,16 @@ class Server:
             return False
         return job_id not in self._state.jobs or self._visible(verb, c, request_id, job_id) is not None
 
-    def _view(self, job: model.Job) -> protocol.Job:
-        reason = self._reason(job) if job.state is JobState.QUEUED else None
-        return views.job(self._state, job, reason, self._directory.name, self._outlooks.of(job.job_id))
+    def _view(self, who: Who, job: model.Job) -> protocol.Job:
+        reason = self._reason(job) if job.state in (JobState.QUEUED, JobState.PAUSED) else None
+        outlook = self._outlooks.of(job.job_id)
+        told = bool(job.notify or job.notify_on) and allowed("see_notify", who, job)
+        return views.job(self._state, job, reason, self._directory.name, outlook, told=told)
 
     def _reason(self, job: model.Job) -> tuple[model.Reason, str]:
         """Why a job waits. One look at everybody who waits serves all jobs shown of the same state."""
+        if job.state is JobState.PAUSED:
+            return policy.held_reason(job)
         seen = self._surveyed
         if seen is None or seen[0] != self._state.seq or time.time_ns() - seen[1] > SURVEY_KEPT_NS:
             now_ns = time.time_ns()
@@ -340,7 +379,7 @@ class Server:
     def _show(self, c: Connection, request: protocol.Show) -> None:
         job = self._visible("show", c, request.id, request.job)
         if job is not None:
-            c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
+            c.finish(protocol.OneJob(id=request.id, job=self._view(c.who, job)))
 
     def _last(self, c: Connection, request: protocol.Last) -> None:
         mine = self._state.book.submit_ids.get(c.who.uid, {}).values()
@@ -348,7 +387,7 @@ class Server:
         if job is None:  # the newest was removed
             job = self._state.jobs.get(max((i for i in mine if i in self._state.jobs), default=0))
         if job is not None:
-            c.finish(protocol.OneJob(id=request.id, job=self._view(job)))
+            c.finish(protocol.OneJob(id=request.id, job=self._view(c.who, job)))
             return
         c.fail(request.id, ErrorCode.NO_SUCH_JOB, "you have submitted no job yet")
 
@@ -370,7 +409,7 @@ class Server:
                 if len(page) == limit or size > PAGE_BYTES:
                     onward = page[-1].id
                     break
-                page.append(self._view(job))
+                page.append(self._view(c.who, job))
                 size += protocol.size(page[-1])
                 if len(page) % JOBS_A_PASS == 0:
                     await trio.lowlevel.checkpoint()
@@ -386,14 +425,14 @@ class Server:
             if job is not None:
                 yield job
 
-    async def _views(self, jobs: Iterable[model.Job]) -> list[protocol.Job]:
+    async def _views(self, who: Who, jobs: Iterable[model.Job]) -> list[protocol.Job]:
         """As many of them as fit a page."""
         page: list[protocol.Job] = []
         size = 0
         for job in jobs:
             if len(page) == protocol.PAGE_JOBS_MAX or size > PAGE_BYTES:
                 break
-            page.append(self._view(job))
+            page.append(self._view(who, job))
             size += protocol.size(page[-1])
             if len(page) % JOBS_A_PASS == 0:
                 await trio.lowlevel.checkpoint()
@@ -418,7 +457,7 @@ class Server:
         first = heapq.nsmallest(
             protocol.PAGE_JOBS_MAX, waiting, key=lambda job: self._outlooks.rank(job.job_id)
         )
-        shown = await self._views(first)
+        shown = await self._views(c.who, first)
         running = [
             job
             for device in self._state.devices.values()
@@ -428,8 +467,8 @@ class Server:
             protocol.StatusTable(
                 id=request.id,
                 switches=views.switches(self._state),
-                devices=self._device_views(c.who),
-                running=[self._view(job) for job in running],
+                devices=self._device_views(c.who, brief=True),
+                running=[self._view(c.who, job) for job in running],
                 waiting=[job for job in shown if job.state == JobState.QUEUED],
                 paused=paused,
                 queued_in_all=queued,
@@ -456,37 +495,62 @@ class Server:
         c.finish(protocol.HandlerList(id=request.id, handlers=views.handlers(self._state, self._config)))
 
     def _tenants(self, c: Connection, request: protocol.Tenants) -> None:
-        self._read_task(c, self._tenant_list, request)
+        if request.follow:
+            self._stream_task(c, self._follow_tenants, request)
+        else:
+            self._read_task(c, self._tenant_list, request)
 
     async def _tenant_list(self, c: Connection, request: protocol.Tenants) -> None:
-        """In turn, for it counts all jobs."""
-        found = views.tenants(self._state, self._config)
-        you = views.usage(self._state, self._turns.rules, c.who, time.time_ns())
-        c.finish(protocol.TenantList(id=request.id, tenants=found, you=you))
+        c.finish(self._tenant_reply(c, request.id))
+
+    def _tenant_reply(self, c: Connection, request_id: int) -> protocol.TenantList:
+        return protocol.TenantList(
+            id=request_id,
+            tenants=views.tenants(self._state, self._config, c.who),
+            you=views.usage(self._state, self._turns.rules, c.who, time.time_ns()),
+            accuracy=views.accuracy(self._state.accuracy),
+        )
 
     def _devices(self, c: Connection, request: protocol.Devices) -> None:
+        self._task(c, self._device_list, request)
+
+    async def _device_list(self, c: Connection, request: protocol.Devices) -> None:
+        await self._supervisor.seen_lately()
         c.finish(protocol.DeviceList(id=request.id, devices=self._device_views(c.who)))
 
-    def _device_views(self, who: Who) -> list[protocol.DeviceView]:
+    def _device_views(self, who: Who, *, brief: bool = False) -> list[protocol.DeviceView]:
         def sees(job: model.Job) -> bool:
             return allowed("show", who, job)
 
         state, hardware = self._state, self._supervisor.hardware
         devices = state.devices.values()
-        return [views.device(d, sees, state, hardware(d.name), admin=who.admin) for d in devices]
+        names = self._directory.name if who.admin else None
+        return [views.device(d, sees, state, hardware(d.name), names, brief=brief) for d in devices]
 
     # --- streams ------------------------------------------------------------------------------------------------
 
     def follow(self, facts: list[tuple[int, AnyEvent]]) -> None:
-        """Wake those who wait for a job that changed."""
+        """Wake those who wait for a job that changed, and those who wait for any."""
+        self._wake_watchers(ANYTHING)
         for _, event in facts:
             job_id = getattr(event, "job_id", 0)
             if job_id in self._watchers:
-                for waiter in self._watchers.pop(job_id):
-                    waiter.set()
+                self._wake_watchers(job_id)
+
+    async def _follow_tenants(self, c: Connection, request: protocol.Tenants) -> None:
+        while await self._renew(c):
+            with self._watching(ANYTHING) as changed:
+                c.send(self._tenant_reply(c, request.id))
+                await c.room()
+                await trio.sleep(TENANTS_GAP_S)
+                await _or_alive(c, request.id, changed)
+        c.fail(request.id, NO_NAMES.code, NO_NAMES.message)
 
     def log_grew(self, job_id: int) -> None:
-        for waiter in self._watchers.pop(-job_id, ()):
+        self._wake_watchers(-job_id)
+
+    def _wake_watchers(self, key: int) -> None:
+        for waiter in self._watchers.pop(key, ()):
             waiter.set()
 
     @contextlib.contextmanager
@@ -526,11 +590,11 @@ class Server:
 
     async def _ended(self, c: Connection, request: protocol.Wait) -> None:
         left = [job for i in request.jobs if (job := self._state.jobs.get(i))]
-        shown = await self._views(left)
+        shown = await self._views(c.who, left)
         if len(shown) < len(
             left
         ):  # people's words take more than a page: the ends of all jobs are what counts
-            shown = [replace(self._view(job), params=UNSET, reason_detail=UNSET) for job in left]
+            shown = [replace(self._view(c.who, job), params=UNSET, reason_detail=UNSET) for job in left]
         c.finish(protocol.Jobs(id=request.id, jobs=shown, seq=self._state.seq))
 
     def _watch(self, c: Connection, request: protocol.Watch) -> None:
@@ -545,7 +609,7 @@ class Server:
                 c.finish(protocol.Done(id=request.id))
                 return
             with self._watching(request.job) as changed:
-                c.send(protocol.JobChanged(id=request.id, job=self._view(job)))
+                c.send(protocol.JobChanged(id=request.id, job=self._view(c.who, job)))
                 if job.state in FINAL:
                     c.finish(protocol.Done(id=request.id))
                     return
@@ -613,7 +677,8 @@ class Server:
                 c.send(protocol.Gap(id=request.id, first_seq=found[0][0]))
             for seq, event in found:
                 if self._sees_event(c.who, event, request.job):
-                    c.send(protocol.EventSeen(id=request.id, seq=seq, event=views.event(event)))
+                    told = self._sees_notify(c.who, event)
+                    c.send(protocol.EventSeen(id=request.id, seq=seq, event=views.event(event, told=told)))
             return found[-1][0]
 
     def _sees_event(self, who: Who, event: AnyEvent, only_job: int) -> bool:
@@ -627,6 +692,12 @@ class Server:
             return gone.owner == who.uid
         job = self._state.jobs.get(job_id)
         return job is not None and allowed("see_event", who, job)
+
+    def _sees_notify(self, who: Who, event: AnyEvent) -> bool:
+        """Whether the event is shown with whom it is to be told to; the job may be removed by now."""
+        if not isinstance(event, Submitted) or not (event.notify or event.notify_on):
+            return False
+        return allowed("see_notify", who, job_of(event))
 
 
 async def _or_alive(c: Connection, request_id: int, event: trio.Event) -> None:
@@ -690,6 +761,16 @@ def _wanted(job: model.Job, request: protocol.List, who: Who) -> bool:
     if request.changed_since and job.changed_seq <= request.changed_since:
         return False
     return allowed("show", who, job)
+
+
+def _attendance(request: protocol.Attend, who: Who) -> inputs.Attend:
+    return inputs.Attend(
+        who=who,
+        names=tuple(request.names),
+        admin_names=tuple(request.admin_names),
+        url_hosts=tuple(request.url_hosts),
+        mail_domains=tuple(request.mail_domains),
+    )
 
 
 def priority(word: str) -> model.Priority:

@@ -52,5 +52,5 @@ def _wrong(state: State) -> Iterator[str]:
         yield f"queue {', '.join(on)}"
     if state.disk_full:
         yield "disk full"
-    for device in [d for d in state.devices.values() if d.state is DeviceState.UNHEALTHY][:DEVICES_MAX]:
-        yield f"{device.name} unhealthy: {device.reason}"
+    for device in [d for d in state.devices.values() if d.state is not DeviceState.OK][:DEVICES_MAX]:
+        yield f"{device.name} {device.state}: {device.reason}"

@@ -24,12 +24,13 @@ from msgspec import UNSET
 from gpujobd import protocol, server, views
 from gpujobd.connection import Connection
 from gpujobd.core import inputs, model
-from gpujobd.core.admission import Refused, find_submitted
+from gpujobd.core.admission import find_submitted
 from gpujobd.core.apply import job_of
 from gpujobd.core.decide import decide
 from gpujobd.core.events import AnyEvent, Reserved, Submitted
 from gpujobd.core.inputs import Submission
 from gpujobd.core.model import FINAL, S_NS
+from gpujobd.core.refused import Refused
 from gpujobd.journal import JournalDead
 from gpujobd.outlooks import Outlooks
 from gpujobd.protocol import ErrorCode
@@ -328,6 +329,8 @@ def _submission(request: protocol.Submit) -> Submission:
         begin_ns=_ns(request.begin_at),
         deadline_ns=_ns(request.deadline_at),
         failures_max=request.failures_max,
+        notify=tuple(request.notify),
+        notify_on=tuple(request.notify_on),
     )
 
 
@@ -371,6 +374,8 @@ def _again(job: model.Job, request: protocol.Retry, tally: Tally) -> Submission:
         failures_max=job.failures_max,
         retry_of=job.job_id,
         message=request.message,
+        notify=tuple(request.notify) or job.notify,
+        notify_on=tuple(request.notify_on) or job.notify_on,
     )
 
 

@@ -20,12 +20,12 @@ from typing import Final
 
 import trio
 
-from gpujobd.core.admission import Refused
 from gpujobd.core.apply import apply
 from gpujobd.core.decide import decide
 from gpujobd.core.events import AnyEvent, encode
 from gpujobd.core.inputs import AnyInput, Tick
 from gpujobd.core.model import Rules, State
+from gpujobd.core.refused import Refused
 from gpujobd.journal import JournalDead
 
 INPUTS_A_TURN: Final = 512  # then others get the loop: about 5 ms

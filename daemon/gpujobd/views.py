@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -16,11 +16,15 @@ from gpujobd.core.admission import submitted_lately
 from gpujobd.core.events import AnyEvent, Submitted
 from gpujobd.core.forecast import Outlook
 from gpujobd.core.inputs import Who
-from gpujobd.core.model import FINAL, S_NS, JobState, State
+from gpujobd.core.model import S_NS, JobState, State
+from gpujobd.gpus import Sight
+from gpujobd.nvml import Process
 from gpujobd.supervisor import Hardware
 
 Names = Callable[[int], str]
 TENANTS_BYTES: Final = 512 << 10  # of one list
+OTHERS_MAX: Final = 20  # processes of a device: 64 devices of them still fit a frame
+NO_LIMITS: Final = model.TenantRule()
 WITHHELD: Final = frozenset({"input", "input_sha256", "submit_ids", "submit_id", "reservation_id"})
 """Fields of events that serve the daemon alone."""
 EXPECTED: Final = frozenset({JobState.QUEUED, JobState.RUNNING})
@@ -37,9 +41,15 @@ def _at(ns: int) -> dt.datetime:
 
 
 def job(
-    state: State, j: model.Job, waits: tuple[model.Reason, str] | None, names: Names, outlook: Outlook | None
+    state: State,
+    j: model.Job,
+    waits: tuple[model.Reason, str] | None,
+    names: Names,
+    outlook: Outlook | None,
+    *,
+    told: bool = False,
 ) -> protocol.Job:
-    """One job, as its people see it. `waits`: why a queued one does."""
+    """One job, as its people see it. `waits`: why a queued one does; `told`: with whom it tells of its end."""
     reason, detail = waits or (j.reason, j.reason_detail)
     lease = state.devices[j.device].lease if j.state is JobState.RUNNING else None
     yielding = lease.yield_why if lease is not None else None
@@ -59,6 +69,7 @@ def job(
         yielding=yielding.value if yielding else UNSET,
         position=outlook.position if outlook and j.state is JobState.QUEUED and outlook.position else UNSET,
         forecast=forecast(outlook) if j.state in EXPECTED else UNSET,
+        foretold=_foretold(j),
         begin_at=moment(j.begin_ns),
         deadline_at=moment(j.deadline_ns),
         started_at=moment(j.started_ns),
@@ -70,6 +81,9 @@ def job(
         failures_max=j.failures_max if j.failures_max >= 0 else UNSET,
         gpu_s=round(j.used_ns / S_NS, 3) if j.used_ns else UNSET,
         timings=_timings(j),
+        failure_codes=j.checkpoint.failure_codes or UNSET,
+        notify=list(j.notify) if told and j.notify else UNSET,
+        notify_on=list(j.notify_on) if told and j.notify_on else UNSET,
     )
 
 
@@ -80,6 +94,28 @@ def forecast(outlook: Outlook | None) -> protocol.Forecast | UnsetType:
         start_at=moment(outlook.start_ns),
         finish_at=moment(outlook.finish_ns),
         finish_by_90=moment(outlook.finish_90_ns),
+    )
+
+
+def _foretold(j: model.Job) -> protocol.Foretold | UnsetType:
+    expected, error = j.expected, j.forecast_error
+    if expected is None:
+        return UNSET
+    return protocol.Foretold(
+        made_at=_at(expected.made_ns),
+        start_at=moment(expected.start_ns),
+        finish_at=_at(expected.finish_ns),
+        finish_by_90=_at(expected.finish_90_ns),
+        error=UNSET if error is None else round(error, 3),
+        kept_90=UNSET if error is None else j.finished_ns <= expected.finish_90_ns,
+    )
+
+
+def accuracy(seen: model.Accuracy) -> protocol.Accuracy | UnsetType:
+    if not seen.jobs:
+        return UNSET
+    return protocol.Accuracy(
+        jobs=seen.jobs, error=round(seen.error, 3), late=round(seen.late, 3), by_90=round(seen.by_90, 3)
     )
 
 
@@ -103,26 +139,74 @@ def device(
     sees: Callable[[model.Job], bool],
     state: State,
     hardware: Hardware | None,
+    names: Names | None,
     *,
-    admin: bool,
+    brief: bool = False,
 ) -> protocol.DeviceView:
     """One device. Whose turn it is, everybody may know; which job it runs, those who may see the job.
 
-    What made it ill is told in the words of workers, which may quote an item: for administrators.
+    What made it ill is told in the words of workers, which may quote an item: for administrators, who alone have
+    `names`. `brief`: without processes one by one.
     """
     running = state.jobs.get(d.lease.job_id) if d.lease else None
-    return protocol.DeviceView(
+    told = names is not None or d.state is not model.DeviceState.UNHEALTHY
+    view = protocol.DeviceView(
         name=d.name,
         state=d.state,
         loaded=list(d.loaded),
         reason=d.reason or UNSET,
-        reason_detail=(d.reason_detail or UNSET) if admin else UNSET,
+        reason_detail=(d.reason_detail or UNSET) if told else UNSET,
         job=running.job_id if running and sees(running) else UNSET,
         tenant=running.tenant if running else UNSET,
-        hardware=hardware.name if hardware else UNSET,
+        hardware=(hardware.name or UNSET) if hardware else UNSET,
         memory_bytes=hardware.memory_bytes if hardware and hardware.memory_bytes else UNSET,
         memory_total_bytes=hardware.memory_total_bytes if hardware and hardware.memory_total_bytes else UNSET,
+        since=moment(d.since_ns),
     )
+    return _outside(view, hardware, names, brief=brief) if hardware else view
+
+
+def _outside(
+    view: protocol.DeviceView, hardware: Hardware, names: Names | None, *, brief: bool
+) -> protocol.DeviceView:
+    """What is seen of it besides what the daemon does there."""
+    sight = hardware.sight
+    held = [protocol.HeldView(handler=w.handler, pid=w.pid, bytes=w.bytes) for w in hardware.workers]
+    view = msgspec.structs.replace(
+        view, held=UNSET if brief or not held else held, unseen=hardware.unseen or UNSET
+    )
+    if sight is None:
+        return view
+    gpu = sight.gpu
+    others = [_other(sight, process, names) for process in sight.others[:OTHERS_MAX]]
+    return msgspec.structs.replace(
+        view,
+        others=UNSET if brief or not others else others,
+        others_bytes=sight.foreign_bytes,
+        memory_used_bytes=gpu.used_bytes,
+        utilisation=_given(gpu.utilisation),
+        temperature_c=_given(gpu.temperature_c),
+        power_w=_given(gpu.power_w),
+        power_limit_w=_given(gpu.power_limit_w),
+        throttled=list(gpu.throttled) or UNSET,
+        uuid=gpu.uuid or UNSET,
+        driver=sight.driver or UNSET,
+        seen_at=moment(sight.seen_ns),
+    )
+
+
+def _given(figure: float | None) -> float | UnsetType:
+    return UNSET if figure is None else figure
+
+
+def _other(sight: Sight, process: Process, names: Names | None) -> protocol.OtherView:
+    """A process that is not ours: its number and size, as nvidia-smi shows everybody; what it is, to administrators."""
+    size = UNSET if process.bytes is None else process.bytes
+    known = sight.people.get(process.pid)
+    if names is None or known is None:
+        return protocol.OtherView(pid=process.pid, bytes=size)
+    command, uid = known
+    return protocol.OtherView(pid=process.pid, bytes=size, command=command or UNSET, user=names(uid))
 
 
 def handlers(state: State, config: Config) -> list[protocol.HandlerView]:
@@ -148,22 +232,22 @@ def _param(rule: object) -> dict[str, object]:
     return {key: value for key, value in msgspec.to_builtins(rule).items() if value not in (None, [], ())}
 
 
-def tenants(state: State, config: Config) -> list[protocol.TenantView]:
-    """Shares and service of all: who waits for others may know how much they got.
+def tenants(state: State, config: Config, who: Who) -> list[protocol.TenantView]:
+    """Shares, limits and service of all: who waits for others may know how much they got.
 
     `owed_s` compares what each got with an equal split, by shares, of what all got.
     """
     rules = config.rules()
-    counts = _counts(state.jobs.values())
-    names = sorted(
-        {*counts, *config.file.tenants, *(t for t, record in state.tenants.items() if record.used_ns)}
-    )
+    counts = _counts(state)
+    served = (name for name, record in state.tenants.items() if record.used_ns)
+    names = sorted({*counts, *config.file.tenants, *served})
     behind = _owed(state, rules, [n for n in names if n in counts and counts[n][0] + counts[n][1]])
     views = []
     for name in names:
         record = state.tenants.get(name)
         queued, running, paused, left = counts.get(name, (0, 0, 0, 0))
         share = rules.share(name)
+        limits = rules.tenants.get(name, NO_LIMITS)
         views.append(
             protocol.TenantView(
                 name=name,
@@ -174,9 +258,22 @@ def tenants(state: State, config: Config) -> list[protocol.TenantView]:
                 running=running,
                 paused=paused,
                 items_left=left,
+                jobs_max=_limit(limits.queued_jobs_max),
+                items_max=_limit(limits.queued_items_max),
+                bytes_max=_limit(limits.spool_bytes_max),
+                bytes=state.book.of_tenant.get(name, model.NO_USE).bytes if _own(who, name) else UNSET,
+                accuracy=accuracy(record.accuracy) if record else UNSET,
             )
         )
     return _fitting(views)
+
+
+def _limit(most: int | None) -> int | UnsetType:
+    return UNSET if most is None else most
+
+
+def _own(who: Who, tenant: str) -> bool:
+    return who.admin or tenant in who.tenants or tenant == (who.name or str(who.uid))
 
 
 def _fitting(tenants: list[protocol.TenantView]) -> list[protocol.TenantView]:
@@ -211,19 +308,21 @@ def _owed(state: State, rules: model.Rules, active: list[str]) -> dict[str, floa
     return {name: (mean - vtime) * rules.share(name) / S_NS for name, vtime in times.items()}
 
 
-def _counts(jobs: Iterable[model.Job]) -> dict[str, tuple[int, int, int, int]]:
-    """By tenant: queued, running, paused, items left."""
-    counts: dict[str, tuple[int, int, int, int]] = {}
-    for j in jobs:
-        if j.state in FINAL:
-            continue
-        q, r, p, left = counts.get(j.tenant, (0, 0, 0, 0))
-        counts[j.tenant] = (
-            q + (j.state is JobState.QUEUED),
-            r + (j.state is JobState.RUNNING),
-            p + (j.state is JobState.PAUSED),
-            left + j.left,
-        )
+def _counts(state: State) -> dict[str, tuple[int, int, int, int]]:
+    """By tenant: queued, running, paused, items left. From what is counted along: of 100,000 jobs none is looked at."""
+    running: dict[str, int] = {}
+    for device in state.devices.values():
+        if device.lease is not None:
+            running[device.lease.tenant] = running.get(device.lease.tenant, 0) + 1
+    reserved: dict[str, list[int]] = {}
+    for held in state.reservations.values():
+        reserved.setdefault(held.tenant, []).append(held.items)
+    counts = {}
+    for name, use in state.book.of_tenant.items():
+        coming = reserved.get(name, ())
+        jobs, runs = use.jobs - len(coming), running.get(name, 0)
+        if jobs:
+            counts[name] = (jobs - runs - use.paused, runs, use.paused, use.items - sum(coming))
     return counts
 
 
@@ -239,12 +338,13 @@ def switches(state: State) -> protocol.Switches:
     )
 
 
-def event(fact: AnyEvent) -> dict[str, object]:
-    """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone."""
+def event(fact: AnyEvent, *, told: bool = False) -> dict[str, object]:
+    """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone.
+
+    `told`: with whom the job tells of its end.
+    """
     seen: dict[str, object] = {}
-    shown = (
-        msgspec.structs.replace(fact, input=b"", input_sha256=b"") if isinstance(fact, Submitted) else fact
-    )
+    shown = _shown(fact, told=told) if isinstance(fact, Submitted) else fact
     for key, value in msgspec.to_builtins(shown).items():
         if key == "at_ns":
             seen["at"] = _at(value)
@@ -255,3 +355,9 @@ def event(fact: AnyEvent) -> dict[str, object]:
         elif key not in WITHHELD:
             seen[key] = value
     return seen
+
+
+def _shown(fact: Submitted, *, told: bool) -> Submitted:
+    if told:
+        return msgspec.structs.replace(fact, input=b"", input_sha256=b"")
+    return msgspec.structs.replace(fact, input=b"", input_sha256=b"", notify=(), notify_on=())

@@ -35,11 +35,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil
 import trio
 
 from gpujobd import worker_messages as messages
 from gpujobd.catalog import kind
+from gpujobd.cgroup import Kin
 from gpujobd.config import Config, Handler, interpreter, threads
 from gpujobd.core import inputs
 from gpujobd.core.model import Span, Timings
@@ -108,9 +110,11 @@ class Worker:
         self.handler: Handler = config.handlers[name]
         self.phase = Phase.STARTING
         self.grant: Grant | None = None
-        self.stale = False  # its handler's configuration has changed
+        self.stale = False  # it gets no further lease: its handler's configuration has changed, or its memory is wanted
         self.loaded: messages.Loaded | None = None
         self.load_error = ""
+        self.load_ran_out = False  # of memory
+        self.foreign_then_bytes = -1  # the least that others held since it was started; -1: nobody has looked
         self.vram_bytes = round(self.handler.vram_gib * VRAM_UNIT)
         self.idle_since = trio.current_time()
         self._main, self._base, self._report, self._poke = main, base, report, poke
@@ -232,6 +236,21 @@ class Worker:
             grant.log.admit(bytes(self._tail))
         await self._close_log(grant)
 
+    @property
+    def kin(self) -> Kin | None:
+        """All of its processes; None: it has none yet."""
+        return self._process.kin if self._process else None
+
+    @property
+    def pid(self) -> int:
+        """0: there is no process yet."""
+        return self._process.pid if self._process else 0
+
+    def see_others(self, foreign_bytes: int) -> None:
+        """So much of its device is held by processes that are not ours."""
+        then = self.foreign_then_bytes
+        self.foreign_then_bytes = foreign_bytes if then < 0 else min(then, foreign_bytes)
+
     # --- what the supervisor wants ----------------------------------------------------------------------------------
 
     def take(self, grant: Grant) -> None:
@@ -242,7 +261,7 @@ class Worker:
         """
         assert self._process is not None
         self.printed(self._process.output_so_far())  # that was not printed for this job
-        self._process.send(grant.message(self.handler))
+        self._process.send(grant.message(self.handler, gives_way=self.foreign_then_bytes >= 0))
         self.grant, grant.sent = grant, True
         if self.loaded and grant.since <= self.idle_since and not self._leases:
             grant.load_s = self.loaded.load_s
@@ -344,6 +363,7 @@ class Worker:
     def _on_load_failed(self, message: messages.LoadFailed) -> None:
         if self.phase is Phase.LOADING:
             self.load_error = message.error
+            self.load_ran_out = message.out_of_memory
             self._tail += message.trace.encode(errors="replace")
             self._cause, self._detail = "load", message.error
             self._enter(Phase.LEAVING, LEAVE_S)
@@ -388,7 +408,13 @@ class Worker:
             return
         if kind is not inputs.CheckpointReached:
             self._end_lease()
-        self._report_work(grant, kind, message)
+        self._report_work(grant, kind, message, self._cramped_bytes(message))
+
+    def _cramped_bytes(self, message: messages.Checkpointed | messages.Yielded | messages.Finished) -> int:
+        """The room it had, where it gave way to others; -1: it did not."""
+        others = message.others_bytes if isinstance(message, messages.Yielded) else 0
+        total = self.loaded.device_bytes if self.loaded else 0
+        return max(0, total - others) if others and total else -1
 
     def _on_lost(self, grant: Grant, message: messages.Lost) -> None:
         if self.phase is not Phase.LEASED:
@@ -417,6 +443,7 @@ class Worker:
         grant: Grant,
         kind: WorkReport,
         message: messages.Checkpointed | messages.Yielded | messages.Finished | messages.Lost,
+        cramped_bytes: int = -1,
     ) -> None:
         assert message.checkpoint is not None
         self.vram_bytes = max(self.vram_bytes, message.vram_bytes)
@@ -424,16 +451,17 @@ class Worker:
         self._pace.count(grant.checkpoint.done + grant.checkpoint.failed, trio.current_time())
         timings = message.timings.timings() + Timings(load_s=grant.load_s)
         grant.load_s = 0.0
-        self._report(
-            kind(
-                device=self.device,
-                attempt=grant.attempt,
-                used_ns=grant.used_ns(),
-                checkpoint=message.checkpoint,
-                timings=timings,
-                vram_bytes=message.vram_bytes,
-            )
+        report = kind(
+            device=self.device,
+            attempt=grant.attempt,
+            used_ns=grant.used_ns(),
+            checkpoint=message.checkpoint,
+            timings=timings,
+            vram_bytes=message.vram_bytes,
         )
+        if isinstance(report, inputs.GaveBack):
+            report = msgspec.structs.replace(report, cramped_bytes=cramped_bytes)
+        self._report(report)
 
     def _end_lease(self) -> None:
         assert self._process is not None

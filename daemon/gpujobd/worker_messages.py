@@ -17,7 +17,16 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from gpujobd.core.model import DEFERRED_MAX, Checkpoint, Deferred, ParamValue, Span, Timings
+from gpujobd.core.model import (
+    CODE_CHARS_MAX,
+    CODES_MAX,
+    DEFERRED_MAX,
+    Checkpoint,
+    Deferred,
+    ParamValue,
+    Span,
+    Timings,
+)
 
 LINE_BYTES_MAX: Final = 1 << 20
 U32_MAX: Final = (1 << 32) - 1
@@ -65,6 +74,9 @@ class Lease(ToWorker, frozen=True, tag="lease"):
     suspects: tuple[Span, ...]
     condemned: tuple[int, ...]
     canary: int  # line to recompute first; 0: none
+    gives_way: bool = (
+        False  # an item that does not fit beside other processes waits for them, instead of failing
+    )
 
 
 class Yield(ToWorker, frozen=True, tag="yield"):
@@ -113,6 +125,7 @@ class Loaded(FromWorker, frozen=True, tag="loaded"):
     vram_bytes: Count = 0
     device_bytes: Count = 0  # all of the device's memory; 0: not known
     hardware: Text = ""
+    uuid: Text = ""  # of the GPU
 
 
 class LoadFailed(FromWorker, frozen=True, tag="load_failed"):
@@ -120,6 +133,7 @@ class LoadFailed(FromWorker, frozen=True, tag="load_failed"):
 
     error: Text
     trace: Annotated[str, Meta(max_length=LINE_BYTES_MAX)] = ""
+    out_of_memory: bool = False
 
 
 class Quoting(FromWorker, frozen=True):
@@ -145,7 +159,7 @@ class Checkpointed(WorkDone, frozen=True, tag="checkpoint"):
 
 
 class Yielded(WorkDone, frozen=True, tag="yielded"):
-    pass
+    others_bytes: Count = 0  # it gave way to others, who held so much of the device; 0: it was asked to yield
 
 
 class Finished(WorkDone, frozen=True, tag="finished"):
@@ -242,6 +256,7 @@ def check_checkpoint(new: Checkpoint, before: Checkpoint, items: int) -> None:
     if new.upto > items:
         raise Violation(f"checkpoint up to line {new.upto} of {items}")
     _check_deferred(new.deferred, new.upto)
+    _check_codes(new, before)
     counted = new.done + new.failed + len(new.deferred)
     if counted > new.upto or (counted != new.upto and new.upto < items):
         raise Violation(f"checkpoint up to line {new.upto} that counts {counted}")
@@ -254,6 +269,21 @@ def _check_deferred(deferred: tuple[Deferred, ...], upto: int) -> None:
         raise Violation("checkpoint with a deferred item beyond its lines, or never tried")
     if len({item.line for item in deferred}) != len(deferred):
         raise Violation("checkpoint that defers an item twice")
+
+
+def _check_codes(new: Checkpoint, before: Checkpoint) -> None:
+    codes = new.failure_codes
+    if len(codes) > CODES_MAX + 1:
+        raise Violation(
+            f"checkpoint with {len(codes)} error codes, allowed are {CODES_MAX} and one for the rest"
+        )
+    for code, count in codes.items():
+        if not (code.isascii() and code.isidentifier() and len(code) <= CODE_CHARS_MAX) or count < 1:
+            raise Violation(f"checkpoint that counts {count} of the error code {code[:CODE_CHARS_MAX]!r}")
+    if any(codes.get(code, 0) < count for code, count in before.failure_codes.items()):
+        raise Violation("checkpoint goes backwards: an error code was counted more often")
+    if (counted := sum(codes.values())) > new.failed:
+        raise Violation(f"checkpoint with error codes for {counted} items where {new.failed} failed")
 
 
 def check_finished(final: Checkpoint, items: int) -> None:

@@ -32,11 +32,20 @@ from gpujobd_worker.lines import Item, Segment, parse
 from gpujobd_worker.terms import Terms
 from gpujobd_worker.writer import Outcome
 
+OTHERS_BYTES_MIN = 1 << 30  # less is a desktop, the driver, or an error of the estimate: that is always there
 TRACES_MAX = 10  # tracebacks a lease writes to its log: a job of broken items must not flood it
 
 
 class Poisoned(Exception):
     """The device's context is lost, and this process with it."""
+
+
+class Cramped(Exception):
+    """An item does not fit into what other processes leave of the device: it is to wait for them, not to fail."""
+
+    def __init__(self, others_bytes: int) -> None:
+        super().__init__(others_bytes)
+        self.others_bytes = others_bytes
 
 
 class Pulse:
@@ -76,6 +85,7 @@ class Caller:
 
         Raises:
             Poisoned: the page still names the segment.
+            Cramped: nothing has come of it, and nothing is held against it.
         """
         pulse, (first, last) = self._desk.pulse, (segment.first, segment.last)
         pulse.line, pulse.batch = first, len(segment.items)
@@ -97,9 +107,12 @@ class Caller:
         return [next(rest) if type(item) is dict else item for item in items]
 
     def canary(self, item: dict[str, Any]) -> Verdict | None:
-        """Compute an item for the sake of computing. None: it went well."""
+        """Compute an item for the sake of computing. None: it went well. Raises: Cramped."""
         answer = self._call([item])
-        return answer if isinstance(answer, Verdict) else None
+        if not isinstance(answer, Verdict):
+            return None
+        self._give_way(answer)
+        return answer
 
     def _checked(self, item: Item) -> Item:
         if isinstance(item, Failure):
@@ -157,8 +170,16 @@ class Caller:
         if items > 1:
             self._desk.sizer.too_big(items)
 
+    def _give_way(self, verdict: Verdict) -> None:
+        """Memory ran out for a single item: was it others who took it? Raises: Cramped."""
+        others_bytes = self._desk.gauge.others_bytes() if verdict.kind == OOM and self._terms.gives_way else 0
+        if others_bytes >= OTHERS_BYTES_MIN:
+            log(f"an item does not fit beside the {others_bytes} bytes of other processes: it waits for them")
+            raise Cramped(others_bytes)
+
     def _failure(self, verdict: Verdict) -> Failure:
-        """The failure of an item that was alone in its call."""
+        """The failure of an item that was alone in its call. Raises: Cramped."""
+        self._give_way(verdict)
         if verdict.kind == OOM:
             return Failure(OUT_OF_MEMORY, verdict.message, tries=2)
         if verdict.kind == BROKEN:

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+CONTEXT_BYTES = 512 << 20  # of this process, which no allocator counts; the driver does
 CPU_MODEL_KEYS = ("model name", "Model", "Hardware")  # of /proc/cpuinfo: x86, POWER and some ARM
 
 
@@ -49,6 +50,20 @@ class Gauge:
         if self.on_cuda:
             return int(torch().cuda.get_device_properties(self.name).total_memory)  # type: ignore[union-attr]
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def others_bytes(self) -> int:
+        """Of a GPU: about what other processes hold; 0 where nobody can tell."""
+        if not self.on_cuda:
+            return 0
+        cuda = torch().cuda  # type: ignore[union-attr]
+        free, total = cuda.mem_get_info(self.name)
+        return max(0, int(total) - int(free) - int(cuda.memory_reserved(self.name)) - CONTEXT_BYTES)
+
+    def uuid(self) -> str:
+        """Of a GPU, where torch tells it (since 2.5)."""
+        if not self.on_cuda:
+            return ""
+        return str(getattr(torch().cuda.get_device_properties(self.name), "uuid", ""))  # type: ignore[union-attr]
 
     def hardware(self) -> str:
         """The GPU's or the CPU's model name."""

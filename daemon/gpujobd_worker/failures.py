@@ -18,7 +18,7 @@ torch raises, and only at the start; a ValueError quoting an item counts for not
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from gpujobd_worker import Rejected, Transient
@@ -32,12 +32,16 @@ BAD_JSON = "bad_json"
 OUT_OF_MEMORY = "out_of_memory"
 WORKER_LOST = "worker_lost"
 ITEM_TOO_LARGE = "item_too_large"
+OTHER = "other"  # in the counts of a checkpoint only: the codes that are beyond CODES_MAX
 
 # Kinds of verdicts which are no codes.
 OOM = "oom"
 POISONED = "poisoned"
 BROKEN = "broken"
 
+CODES_MAX = (
+    10  # counted by themselves; there are fewer, and a count of them must stay small whatever is added
+)
 MESSAGE_CHARS_MAX = 500
 CHAIN_MAX = 8  # links of __cause__ and __context__ looked at
 
@@ -87,6 +91,16 @@ class Verdict(NamedTuple):
         False  # it came from the device's context, not from an allocator that cleans up after itself
     )
     trace: str = ""
+
+
+def counted(before: dict[str, int], codes: Iterable[str]) -> dict[str, int]:
+    """The counts with these failures added: a new dict, for the one before belongs to a checkpoint."""
+    counts = dict(before)
+    for code in codes:
+        known = code in counts or len(counts) - (OTHER in counts) < CODES_MAX
+        word = code if known else OTHER
+        counts[word] = counts.get(word, 0) + 1
+    return counts
 
 
 def shorten(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:

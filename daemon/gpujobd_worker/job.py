@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from gpujobd_worker.call import Caller, Desk, Poisoned, log
+from gpujobd_worker.call import Caller, Cramped, Desk, Poisoned, log
 from gpujobd_worker.failures import (
     OOM,
     POISONED,
@@ -62,6 +62,7 @@ class Lease:
         self._writer: Writer
         self._reader: Reader
         self._told_s: dict[str, float] = {}  # timings reported so far
+        self._gives_way: dict[str, int] = {}  # what its last message says besides, if it gives way to others
 
     def run(self) -> None:
         """Compute until the end, a yield or a loss, and report which.
@@ -83,8 +84,9 @@ class Lease:
         if ending is not None:
             self._report_lost(ending, report)
         else:
-            left = terms.items - self._writer.checkpoint["done"] - self._writer.checkpoint["failed"]
-            self._tell("yielded" if left else "finished", report)
+            point = report["checkpoint"]
+            left = terms.items - point["done"] - point["failed"]
+            self._tell("yielded" if left else "finished", {**report, **self._gives_way})
 
     def _tell(self, kind: str, fields: dict[str, Any]) -> None:
         """The last message of the lease."""
@@ -111,6 +113,9 @@ class Lease:
                 self._run_canary(files.input)
         except LeaseLost as lost:
             return lost, {}
+        except Cramped as cramped:
+            self._gives_way = {"others_bytes": cramped.others_bytes}
+            return None, {"checkpoint": terms.checkpoint}
         self._reader = Reader(files.input, terms.checkpoint["upto"], terms.items)
         self._writer = Writer(
             files,
@@ -164,6 +169,8 @@ class Lease:
                 self._try_deferred(fd)
         except LeaseLost as lost:
             return lost
+        except Cramped as cramped:
+            self._gives_way = {"others_bytes": cramped.others_bytes}
         except Poisoned as error:
             self._report_lost(LeaseLost("poisoned", str(error)), {})  # the process ends here
         return None

@@ -14,7 +14,7 @@ import traceback
 from typing import Any, NamedTuple
 
 from gpujobd_worker import device
-from gpujobd_worker.failures import describe
+from gpujobd_worker.failures import OOM, classify, describe
 
 TRACE_CHARS_MAX = 16_000
 
@@ -28,10 +28,11 @@ class Loaded(NamedTuple):
 class LoadError(Exception):
     """The handler does not load; `error` is one line, `trace` is for the log."""
 
-    def __init__(self, error: str, trace: str) -> None:
+    def __init__(self, error: str, trace: str, *, out_of_memory: bool = False) -> None:
         super().__init__(error)
         self.error = error
         self.trace = trace
+        self.out_of_memory = out_of_memory
 
 
 def load(*, entry: str, path: list[str], device_name: str, params: dict[str, Any], threads: int) -> Loaded:
@@ -48,7 +49,8 @@ def load(*, entry: str, path: list[str], device_name: str, params: dict[str, Any
     try:
         made = _class(entry, threads)(device=device_name, **params)
     except BaseException as error:  # noqa: BLE001 - the handler's code: anything may come
-        raise LoadError(describe(error), traceback.format_exc()[-TRACE_CHARS_MAX:]) from None
+        trace = traceback.format_exc()[-TRACE_CHARS_MAX:]
+        raise LoadError(describe(error), trace, out_of_memory=classify(error).kind == OOM) from None
     if not callable(made):
         raise LoadError(f"{entry} cannot be called: it has no __call__", "")
     return Loaded(made, gauge, time.monotonic() - began)

@@ -90,7 +90,13 @@ class Process:
             )
         except LoadError as error:
             log(error.trace or error.error)
-            self._pipe.last_words(EXIT_LOAD_FAILED, "load_failed", error=error.error, trace=error.trace)
+            self._pipe.last_words(
+                EXIT_LOAD_FAILED,
+                "load_failed",
+                error=error.error,
+                trace=error.trace,
+                out_of_memory=error.out_of_memory,
+            )
         gauge = loaded.gauge
         self._pipe.send(
             "loaded",
@@ -98,6 +104,7 @@ class Process:
             vram_bytes=gauge.peak_bytes(),
             device_bytes=gauge.total_bytes(),
             hardware=gauge.hardware(),
+            uuid=gauge.uuid(),
         )
         return loaded
 

@@ -20,6 +20,7 @@ class Terms:
         self.checkpoint: dict[str, Any] = message["checkpoint"]
         self.condemned = frozenset(message.get("condemned", []))
         self.canary: int = message.get("canary", 0)
+        self.gives_way: bool = message.get("gives_way", False)
         alone = [(line, line) for line in self.condemned]
         self._alone = sorted(alone + [(first, last) for first, last in message.get("suspects", [])])
 

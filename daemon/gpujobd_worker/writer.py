@@ -4,7 +4,8 @@
     errors.jsonl    {"line": 9, "custom_id": "a9", "error": {"code": "...", "message": "...", "tries": 2}}
 
 Rule 1: records stand in the order of put(); `line` is the original number, `custom_id` is absent where the item has none.
-Rule 2: a checkpoint is reported AFTER both outputs were fdatasynced, and describes exactly the bytes synced.
+Rule 2: a checkpoint is reported AFTER both outputs were fdatasynced, and describes exactly the bytes synced. Its counts of
+failures by code go on from the checkpoint the lease began with, so that what is cut back and redone is counted once.
 Rule 3: an output that is not JSON is that item's failure; its neighbours do not notice.
 Rule 4: a full disk fails no item: the outputs are cut back to the last checkpoint and the lease is lost.
 Rule 5: this thread is the only one that touches the outputs.
@@ -20,7 +21,7 @@ from json import encoder
 from typing import Any, Callable, NamedTuple, Union
 
 from gpujobd_worker.channel import Channel
-from gpujobd_worker.failures import BAD_OUTPUT, Deferral, Failure, shorten
+from gpujobd_worker.failures import BAD_OUTPUT, Deferral, Failure, counted, shorten
 from gpujobd_worker.files import JobFiles, LeaseLost, Output, lost_to
 from gpujobd_worker.pipe import start_thread
 
@@ -136,20 +137,23 @@ class Writer:
         began = time.perf_counter()
         results: list[bytes] = []
         errors: list[bytes] = []
+        codes: list[str] = []
         for batch in batches:
-            self._encode(batch, results, errors)
+            self._encode(batch, results, errors, codes)
             self._next["upto"] = batch.upto
             if batch.deferred is not None:
                 self._next["deferred"] = batch.deferred
         self._append(self._files.results, "results", "done", results)
         self._append(self._files.errors, "errors", "failed", errors)
+        if codes:
+            self._next["failure_codes"] = counted(self._next.get("failure_codes", {}), codes)
         self._dirty = True
         self.write_s += time.perf_counter() - began
         if errors and self._enough(self._next["failed"]):
             self._stop.set()
 
     @staticmethod
-    def _encode(batch: Batch, results: list[bytes], errors: list[bytes]) -> None:
+    def _encode(batch: Batch, results: list[bytes], errors: list[bytes], codes: list[str]) -> None:
         for number, custom_id, outcome in zip(batch.numbers, batch.custom_ids, batch.outcomes):
             head = {"line": number} if custom_id is None else {"line": number, "custom_id": custom_id}
             if type(outcome) is dict:
@@ -163,6 +167,7 @@ class Writer:
             else:
                 continue  # deferred: no record yet
             errors.append(record_bytes({**head, "error": failure._asdict()}))
+            codes.append(failure.code)
 
     def _append(self, output: Output, name: str, counter: str, records: list[bytes]) -> None:
         if not records:

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "demo")]  # the harness, and the demonstration's real texts
+# The harness, far ends on bad days, and the demonstration's real texts.
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), str(ROOT / "demo")]
 
 import door  # noqa: E402
 import house  # noqa: E402
+import looks  # noqa: E402
 import machine  # noqa: E402
 import rows  # noqa: E402
+import telling  # noqa: E402
 import work  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable[[rows.Setting], Iterator[rows.Row]]] = {
@@ -29,6 +32,8 @@ MEASUREMENTS: dict[str, Callable[[rows.Setting], Iterator[rows.Row]]] = {
     "submissions": door.submissions,
     "show": door.show,
     "first-batch": work.first_batch,
+    "notifications": telling.notifications,
+    "forecast": looks.forecast,
     "ping": house.ping,
     "start-up": house.start_up,
     "queued": house.queued,

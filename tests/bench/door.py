@@ -103,15 +103,15 @@ def show(setting: Setting) -> Iterator[Row]:
 
 def _show_under_load(host: Host) -> list[float]:
     """Latencies in ms, asked for by a process of its own while another submits."""
-    submitting = _loader("open", host, SUBMITTED_PER_S, SHOWN_S + 1, "nothing")
-    asking = _loader("show", host, SHOWN_PER_S, SHOWN_S, str(SHOWN_QUEUED))
-    found: list[float] = _finding(asking)["ms"]
-    sent = _finding(submitting)
+    submitting = loader("open", host, SUBMITTED_PER_S, SHOWN_S + 1, "nothing")
+    asking = loader("show", host, SHOWN_PER_S, SHOWN_S, str(SHOWN_QUEUED))
+    found: list[float] = finding(asking)["ms"]
+    sent = finding(submitting)
     assert sent["per_s"] >= SUBMITTED_PER_S * 0.95, f"the load itself was too slow: {sent}"
     return found
 
 
-def _loader(kind: str, host: Host, rate: int, seconds: int, more: str) -> subprocess.Popen[str]:
+def loader(kind: str, host: Host, rate: int, seconds: int, more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, BENCH / "load.py", kind, host.socket, str(rate), str(seconds), more],
         stdout=subprocess.PIPE,
@@ -119,7 +119,7 @@ def _loader(kind: str, host: Host, rate: int, seconds: int, more: str) -> subpro
     )
 
 
-def _finding(process: subprocess.Popen[str]) -> Any:
+def finding(process: subprocess.Popen[str]) -> Any:
     out, _ = process.communicate()
     assert process.returncode == 0, process.args
     return json.loads(out)

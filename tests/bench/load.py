@@ -6,8 +6,9 @@ prefix and checked by their first bytes, never decoded.
     closed   each connection keeps `in_flight` submissions open: what the daemon can do
     open     submissions at times fixed beforehand, whatever the daemon does: what it is asked to do
     show     the same for `show`; each latency counts from the time it was due, so that waiting is not left out
+    crowd    the same, by 64 connections in turn, none of which waits for another
 
-Run as a process of its own, `load.py open|show SOCKET RATE SECONDS [JOBS]` prints its findings as JSON.
+Run as a process of its own, `load.py open|show|crowd SOCKET RATE SECONDS [JOBS]` prints its findings as JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import socket
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ SUBMIT_ID_MARK = "\x7d" * 24
 IDS_FROM = 1 << 24  # so that every id takes four bytes
 GIVE_UP_S = 60.0
 OPEN_CONNECTIONS = 16
+CROWD = 64
 
 
 def submissions(handler: str, count: int) -> list[bytes]:
@@ -178,10 +181,43 @@ def show(path: str, rate: float, seconds: float, jobs: int) -> dict[str, list[fl
     return {"ms": latencies_ms}
 
 
+def crowd(path: str, rate: float, seconds: float, jobs: int) -> dict[str, list[float]]:
+    """Latencies in ms of `show`, each from the time its request was due, asked by CROWD connections in turn."""
+    dice, poll = random.Random(0), select.epoll()
+    peers = [connect(path) for _ in range(CROWD)]
+    owed: dict[int, deque[float]] = {peer.sock.fileno(): deque() for peer in peers}
+    by_fd = {peer.sock.fileno(): peer for peer in peers}
+    for fd in by_fd:
+        poll.register(fd, select.EPOLLIN)
+    latencies_ms: list[float] = []
+    began, count = time.perf_counter(), round(rate * seconds)
+    number = 0
+    while number < count or any(owed.values()):
+        due = began + number / rate if number < count else time.perf_counter() + 1
+        for fd, _ in poll.poll(max(0.0, due - time.perf_counter())):
+            count_here = by_fd[fd].take(ONE_JOB)
+            now = time.perf_counter()
+            latencies_ms += [(now - owed[fd].popleft()) * 1e3 for _ in range(count_here)]
+        if number < count and time.perf_counter() >= due:
+            peer = peers[number % CROWD]
+            owed[peer.sock.fileno()].append(due)
+            peer.send([protocol.frame(protocol.Show(id=IDS_FROM + number, job=dice.randint(1, jobs)))])
+            number += 1
+        assert time.perf_counter() < began + seconds + GIVE_UP_S, (
+            f"{len(latencies_ms)} of {count} were answered"
+        )
+    poll.close()
+    for peer in peers:
+        peer.sock.close()
+    return {"ms": latencies_ms}
+
+
 def main(kind: str, path: str, rate: str, seconds: str, more: str) -> None:
     gc.disable()
     if kind == "open":
         print(json.dumps(open_loop(path, float(rate), float(seconds), more)))
+    elif kind == "crowd":
+        print(json.dumps(crowd(path, float(rate), float(seconds), int(more))))
     else:
         print(json.dumps(show(path, float(rate), float(seconds), int(more))))
 

@@ -1,7 +1,8 @@
-"""A handler that notes when it is called."""
+"""Handlers that note when they are called, keep a device, or keep a processor busy."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 
@@ -25,4 +26,15 @@ class Slow:
 
     def __call__(self, batch):
         time.sleep(self.call_s)
+        return [{} for _ in batch]
+
+
+class Busy:
+    """The same work at every call, on the processor."""
+
+    def __init__(self, *, device):
+        self.block = bytes(4_000_000)
+
+    def __call__(self, batch):
+        hashlib.sha256(self.block).digest()
         return [{} for _ in batch]

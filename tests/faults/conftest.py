@@ -40,7 +40,7 @@ ROWS = {
     14: ("mutated frames, clients and workers", 1_270_000),
     15: ("clients that take what there is", 4),
     16: ("workers that misbehave", 69),
-    17: ("far ends on a bad day, told by followers", 27),
+    17: ("far ends on a bad day, told of jobs by the notifier", 720),
     18: ("SIGTERM at random moments", 65),
     19: ("clocks that step, processes that stand still", 50),
     20: ("other users and what they hand in", 200),

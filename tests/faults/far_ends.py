@@ -1,20 +1,12 @@
-"""Mail and web servers as they are on their bad days, and a follower of events that believes in them.
-
-python far_ends.py SOCKET mail|web PORT     follows every event and tells the far end of each, one after the other,
-                                            with no time limit and no second thought: it hangs as long as they do
-"""
+"""Mail and web servers as they are on their bad days."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import smtplib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 PIECE = b"x" * 65_536
 LARGE_BYTES = 10_000_000
@@ -27,7 +19,7 @@ def _lines(sock: socket.socket) -> Iterator[bytes]:
         yield from file
 
 
-def _mail(sock: socket.socket, on_data: Act) -> None:
+def mail(sock: socket.socket, on_data: Act) -> None:
     """Be an SMTP server up to DATA, then do that."""
     sock.sendall(b"220 far.end\r\n")
     for line in _lines(sock):
@@ -44,11 +36,11 @@ def _hang(sock: socket.socket) -> None:
 
 
 def _hang_after_data(sock: socket.socket) -> None:
-    _mail(sock, _hang)
+    mail(sock, _hang)
 
 
 def _cut_after_data(sock: socket.socket) -> None:
-    _mail(sock, lambda _: None)
+    mail(sock, lambda _: None)
 
 
 def _refuse(sock: socket.socket) -> None:
@@ -123,33 +115,3 @@ def far_end(act: Act) -> Iterator[int]:
             for sock in callers:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-
-
-def tell(kind: str, port: int, text: str) -> None:
-    if kind == "mail":
-        with smtplib.SMTP("127.0.0.1", port) as server:
-            server.sendmail("gpujobd@localhost", ["root@localhost"], f"Subject: {text}\r\n\r\n{text}\r\n")
-    else:
-        far = http.client.HTTPConnection("127.0.0.1", port)
-        far.request("POST", "/", text)
-        far.getresponse().read()
-        far.close()
-
-
-def follow(path: Path, kind: str, port: int) -> None:
-    from gpujobd import protocol
-    from harness import Client
-
-    with Client(path) as client:
-        client.sock.settimeout(None)
-        client.send(protocol.Events(id=1, since=1, follow=True))
-        print("follows", flush=True)
-        while True:
-            reply = client.receive()
-            with contextlib.suppress(OSError, smtplib.SMTPException, http.client.HTTPException):
-                tell(kind, port, type(reply).__name__)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

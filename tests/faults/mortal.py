@@ -1,4 +1,4 @@
-"""A Python in which gpujobd, or one of its workers, dies at a named place: `mortal.py PLAN -m gpujobd serve ...`.
+"""A Python in which gpujobd, its notifier, or a worker dies at a named place: `mortal.py PLAN -m gpujobd serve ...`.
 
     PLAN        a file with one JSON object, all of it optional:
     constants   {"gpujobd.janitor.LOOK_S": 0.1}     set before anything runs, so that what is rare is not
@@ -226,6 +226,15 @@ def run_daemon(plan, arguments) -> None:
     main()
 
 
+def run_notifier(plan, arguments) -> None:
+    from gpujobd_notify import notifier  # noqa: F401 - so that there is something to wrap
+    from gpujobd_notify.__main__ import main
+
+    sys.argv = ["gpujobd-notify", *arguments]
+    prepare(plan)
+    main()
+
+
 def run_worker(plan, path, arguments) -> None:
     """As `python PATH` would: see gpujobd_worker/__main__.py."""
     spec = importlib.util.spec_from_file_location("worker_main", path)
@@ -252,5 +261,7 @@ if __name__ == "__main__":
     read = json.loads(Path(plan_path).read_text())
     if words[:2] == ["-m", "gpujobd"]:
         run_daemon(read, words[2:])
+    elif words[:2] == ["-m", "gpujobd_notify"]:
+        run_notifier(read, words[2:])
     else:
         run_worker(read, words[0], words[1:])

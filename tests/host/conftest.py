@@ -18,7 +18,7 @@ def _can_boot() -> None:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """gpujobd and jobctl of this tree."""
+    """gpujobd, gpujobd-notify and jobctl of this tree."""
     return build_packages(tmp_path_factory.mktemp("packages"))
 
 

@@ -32,7 +32,7 @@ def bare_host(request: pytest.FixtureRequest) -> Iterator[Host]:
 def test_packages_build_with_the_quick_tests_and_lintian_is_content(tmp_path):
     done = subprocess.run([BUILDDEB, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"gpujobd", "jobctl"}
+    assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"gpujobd", "gpujobd-notify", "jobctl"}
 
 
 def run_autopkgtest(host, name, **environment):
@@ -125,10 +125,11 @@ def test_remove_keeps_the_state_and_purge_deletes_it(fresh_host):
     until(lambda: host.jobctl("ping", check=False).returncode == 0, "the daemon to answer")
     assert host.jobctl("output", job).stdout == output
 
-    host.run("apt-get", "-qq", "-y", "purge", "gpujobd", "jobctl")
+    host.run("apt-get", "-qq", "-y", "purge", "gpujobd", "gpujobd-notify", "jobctl")
     left = host.run("find", "/", "-xdev", "-name", "*gpujobd*", "-not", "-path", "/tmp/*").stdout
     assert left == ""
-    assert host.run("getent", "passwd", "gpujobd").stdout  # users stay, so that no other one gets their files
+    for user in ("gpujobd", "gpujobd-notify"):
+        assert host.run("getent", "passwd", user).stdout  # users stay, so that no other one gets their files
 
 
 def test_purge_leaves_the_mount_point_of_a_state_on_a_disk_of_its_own(fresh_host):

@@ -30,7 +30,7 @@ export TESTHOST_NAME=${TESTHOST_NAME:-testhost}
 DIR=${TESTHOST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/testhost}
 # libbpf1: without it DeviceAllow= and IPAddressDeny= are accepted and do nothing. libnss-systemd: names of DynamicUser=.
 PACKAGES=systemd,systemd-sysv,dbus,libnss-systemd,libbpf1,procps,${TESTHOST_PACKAGES:-\
-python3,python3-trio,python3-outcome,python3-msgspec,python3-psutil,python3-sdnotify,python3-click}${TESTHOST_MORE:+,$TESTHOST_MORE}
+python3,python3-trio,python3-outcome,python3-msgspec,python3-psutil,python3-sdnotify,python3-click,python3-httpx}${TESTHOST_MORE:+,$TESTHOST_MORE}
 KEY=$(printf '%s\n' "$SUITE" "$PACKAGES" 3 | sha256sum | cut -c1-12)  # a higher number makes every base anew
 BASE=$DIR/base-$SUITE-$KEY                # never booted or written to once it is built
 SELF=$(realpath "$0")

@@ -32,6 +32,8 @@ EVERY_S: Final = {
     "disk full": 70 * HOUR_S,
     "sync stuck": 16 * HOUR_S,
     "device ill": 30 * HOUR_S,
+    "strangers": 12 * HOUR_S,
+    "driver replaced": 60 * HOUR_S,
     "storm": 9 * HOUR_S,
 }
 TROUBLES: Final = {
@@ -58,6 +60,8 @@ class Faults:
         self.errors_of_this_life = 0
         self._luck, self._kill, self._note = luck, kill, note
         self._ill_until_s: dict[str, float] = {}
+        self._strangers: dict[str, tuple[float, int]] = {}  # device: until when they hold how much
+        self._replaced_until_s = 0.0
         self._stuck_s = 0.0
         self._in_ops = self._in_steps = -1
         self._how = ""
@@ -142,6 +146,31 @@ class Faults:
 
     def device_is_ill(self, device: str, world_s: float) -> bool:
         return world_s < self._ill_until_s.get(device, 0.0)
+
+    # --- the driver, and who else uses the devices -----------------------------------------------------------------------
+
+    def come(self, device: str, world_s: float) -> None:
+        """Processes that nobody told the daemon of: some hold little, some all but everything."""
+        held = self._luck.choice((1 << 28, 4 << 30, 9 << 30, 16 << 30, 23 << 30))
+        self._strangers[device] = world_s + self._luck.uniform(60, 7200), held
+        self.happen("strangers")
+
+    def foreign_bytes(self, device: str, world_s: float) -> int:
+        until_s, held = self._strangers.get(device, (0.0, 0))
+        return held if world_s < until_s else 0
+
+    def replace_driver(self, world_s: float) -> None:
+        self._replaced_until_s = world_s + self._luck.uniform(60, 1800)
+        self.happen("driver replaced")
+
+    def driver_trouble(self, world_s: float) -> str:
+        if world_s < self._replaced_until_s:
+            return "mismatch"
+        if self._luck.random() < (0.1 if self.storm else 0.001):
+            trouble = self._luck.choice(("hangs", "failed", "nonsense"))
+            self.happen(f"a look: {trouble}")
+            return trouble
+        return ""
 
     # --- the plan -------------------------------------------------------------------------------------------------------
 

@@ -276,9 +276,10 @@ class Oracle:
         turns, supervisor = self._daemon._turns, self._daemon._supervisor
         head, state, rules = turns.head, turns.state, turns.rules
         now_s = self._now_s()
-        if policy.may_start(head) and policy.free_devices(head, now_ns):
+        if policy.may_start(head) and (free := policy.free_devices(head, now_ns)):
             claims = policy.survey(head, rules, now_ns).claims
-            assert not claims, f"a device is idle and job {claims[0].job.job_id} waits"
+            taken = [c for d in free for c in claims if residency.takes(head, rules, d, c.job.handler)]
+            assert not taken, f"a device is idle and job {taken[0].job.job_id} waits"
         self._check_leases(state, supervisor, now_s)
         self._check_limits(head, rules)
         self._check_waiting(state, rules, now_ns, now_s)
@@ -331,7 +332,8 @@ class Oracle:
     def _check_backoffs(self, state: State, rules: Rules, now_ns: int, now_s: float) -> None:
         """Nothing waits for another try longer than the longest backoff, whatever somebody does to the clock."""
         resting = {device.name for device in state.devices.values() if not policy.usable(device, now_ns)}
-        resting |= policy.blocked_handlers(state, rules, now_ns).keys()
+        waiting_for_others = policy.shut_out(state, rules, now_ns).keys()  # as long as those like
+        resting |= policy.blocked_handlers(state, rules, now_ns).keys() - waiting_for_others
         asleep = (state.jobs[job_id] for _, job_id in state.book.asleep)
         resting |= {f"job {job.job_id}" for job in asleep if job.begin_ns < job.retry_at_ns}
         for name in self._rests_since_s.keys() - resting:

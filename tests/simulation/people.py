@@ -22,8 +22,8 @@ from typing import Any, Final, Protocol
 import msgspec
 import trio
 from gpujobd import protocol
-from gpujobd.access import Peer
 from gpujobd.core.inputs import Who
+from gpujobd.peer import Peer
 from gpujobd.protocol import ErrorCode
 from simulation.workers import item
 
@@ -72,7 +72,7 @@ class Town(Protocol):
 
 
 def caller(sock: Any) -> Peer:
-    """Stands in for access.peer: the address says who calls."""
+    """Stands in for peer.peer: the address says who calls."""
     name: bytes = sock.getpeername()
     uid = int(name.rpartition(b"-")[2])
     return Peer(1, uid, (uid,))

@@ -17,6 +17,7 @@ class Pulse:
     tick_s: float = 0.25
     look_s: float = 0.25
     status_s: float = 1.0
+    sight_s: float = 5.0  # between looks at the devices from outside
     janitor_s: float = 5.0
     retain_s: float = 60.0
     heartbeat_s: float = 1.0
@@ -44,6 +45,7 @@ SLOW: Final = Pulse(
     tick_s=30.0,
     look_s=30.0,
     status_s=30.0,
+    sight_s=120.0,
     janitor_s=300.0,
     retain_s=1200.0,
     heartbeat_s=120.0,

@@ -22,6 +22,7 @@ from gpujobd import (
     access,
     cgroup,
     daemon,
+    gpus,
     grant,
     janitor,
     job_log,
@@ -39,6 +40,7 @@ from gpujobd.core import policy
 from gpujobd.core.inputs import Who
 from gpujobd.core.model import S_NS
 from gpujobd.notify import Notifier
+from gpujobd.peer import Peer
 from simulation.clock import Clock, Uuids
 from simulation.disk import SpoolDisk
 from simulation.people import caller
@@ -52,6 +54,12 @@ def periods(pulse: Pulse) -> dict[tuple[Any, str], float]:
         (turns, "TICK_S"): pulse.tick_s,
         (policy, "ROUND_NS"): round(pulse.round_s * S_NS),
         (supervisor, "LOOK_S"): pulse.look_s,
+        (gpus, "ACTIVE_S"): pulse.sight_s,
+        (gpus, "WARM_S"): 2 * pulse.sight_s,
+        (gpus, "WATCH_S"): 12 * pulse.sight_s,
+        (gpus, "FRESH_S"): 2 * pulse.sight_s,
+        (gpus, "CALM_S"): 3 * pulse.sight_s,
+        (gpus, "STALE_S"): 12 * pulse.sight_s,
         (worker, "HEARTBEAT_S"): pulse.heartbeat_s,
         (watchdog, "LOOK_S"): pulse.status_s,
         (watchdog, "STUCK_S"): pulse.stuck_s,
@@ -115,10 +123,11 @@ def simulated(
     disk: SpoolDisk,
     signals: Signals,
     process: type,
+    driver: type,
     people: dict[int, Who],
     pulse: Pulse,
 ) -> Iterator[None]:
-    def look_up(config: Config, peer: access.Peer) -> Who:
+    def look_up(config: Config, peer: Peer) -> Who:
         return people[peer.uid]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +145,7 @@ def simulated(
         patch.setattr(trio, "open_signal_receiver", signals.open)
         patch.setattr(writer, "OwnThread", JournalThread)
         patch.setattr(worker, "WorkerProcess", process)
+        patch.setattr(gpus, "Nvml", driver)
         patch.setattr(cgroup, "delegated", lambda: None)
         patch.setattr(cgroup, "become_subreaper", lambda: None)
         patch.setattr(server, "peer", caller)

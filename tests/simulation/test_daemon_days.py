@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from typing import Any
 
 import pytest
 import trio
+from gpujobd import worker_process
 from simulation.clock import repeatable
 from simulation.pulse import FINE, SLOW, Pulse
 from simulation.world import World
@@ -66,6 +69,27 @@ def test_the_same_seed_lives_the_same_world() -> None:
     assert one.oracle.facts == again.oracle.facts
     if "GPUJOBD_SEED" not in os.environ:
         assert one.trace.hexdigest() != other.trace.hexdigest()
+
+
+def kill_while_a_worker_is_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = worker_process._kill
+
+    def killed(kin: Any) -> list[int]:
+        if not world.endings:
+            world._kill("kill")
+        return end(kin)
+
+    monkeypatch.setattr(worker_process, "_kill", killed)
+    world.live(HOUR / 30)
+    assert world.endings["kill"]
+    monkeypatch.undo()
+
+
+def test_a_daemon_killed_while_it_ends_a_worker_lets_go_of_what_it_held(monkeypatch) -> None:
+    """As the kernel sees to it when a process dies. pytest turns a socket that nobody closed into a failure."""
+    kill_while_a_worker_is_ended(World(5, FINE), monkeypatch)
+    for _ in range(3):  # what is told of one collection may hold on to what the next one finds
+        gc.collect()
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ from typing import Any, Final, Protocol
 
 import msgspec
 import trio
+from gpujobd import nvml
 from gpujobd.grant import lock_is_free
+from gpujobd.nvml import Gpu, Look, Nvml
 from gpujobd.worker_process import WorkerProcess
 from gpujobd_worker.failures import Deferral, Failure
 from gpujobd_worker.files import JobFiles, LeaseLost
@@ -42,6 +44,11 @@ MODELS: Final = {
 }  # how much longer it takes to load than the smallest
 
 
+DEVICE_BYTES: Final = 24 << 30
+MODEL_BYTES: Final = 10 << 30
+CONTEXT_BYTES: Final = 500 << 20
+
+
 class Surroundings(Protocol):
     """What a machine needs of its world."""
 
@@ -54,6 +61,8 @@ class Surroundings(Protocol):
     def trouble(self, device: str) -> str: ...
     def device_is_ill(self, device: str) -> bool: ...
     def load_trouble(self, handler: str) -> str: ...
+    def foreign_bytes(self, device: str) -> int: ...
+    def driver_trouble(self) -> str: ...
     def note(self, text: str) -> None: ...
 
 
@@ -114,7 +123,7 @@ def simulated_process(world: Surroundings) -> type[WorkerProcess]:
                 raise FileNotFoundError(2, "No such file or directory", python)
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             reader, writer = os.pipe()
-            machine = Machine(world, how["device"], its, writer)
+            machine = Machine(world, how["device"], its, writer, ours)
             world.machines.append(machine)
             world.nursery.start_soon(machine.run)
             process: Any = Process(machine, reader)
@@ -123,10 +132,44 @@ def simulated_process(world: Surroundings) -> type[WorkerProcess]:
     return SimulatedProcess
 
 
+def simulated_driver(world: Surroundings) -> type[Nvml]:
+    """Nvml whose looks see the machines of this world, and strangers; or hang, or are refused."""
+
+    class SimulatedDriver(Nvml):
+        async def look(self) -> Look:
+            trouble = world.driver_trouble()
+            await trio.sleep(10 if trouble == "hangs" else world.luck.choice((0.1, 0.1, 2.0)))
+            if trouble:
+                return Look(trouble=trouble, detail="as drawn")
+            gpus = (_gpu(world, index) for index in range(2))
+            return Look(driver="1.0", gpus=tuple(gpus))
+
+    return SimulatedDriver
+
+
+def _gpu(world: Surroundings, index: int) -> Gpu:
+    device = f"cuda:{index}"
+    ours = [m for m in world.machines if m.device == device and m.status is None and m.loaded_bytes]
+    foreign = world.foreign_bytes(device)
+    processes = [nvml.Process(m.pid, m.loaded_bytes) for m in ours]
+    used = min(DEVICE_BYTES, foreign + sum(m.loaded_bytes for m in ours))
+    return Gpu(
+        index=index,
+        uuid=f"GPU-{index}",
+        total_bytes=DEVICE_BYTES,
+        used_bytes=used,
+        free_bytes=DEVICE_BYTES - used,
+        processes=(*processes, *([nvml.Process(99, foreign)] if foreign else [])),
+    )
+
+
 class Machine:
     """One worker process."""
 
-    def __init__(self, world: Surroundings, device: str, end: socket.socket, output: int) -> None:
+    def __init__(
+        self, world: Surroundings, device: str, end: socket.socket, output: int, lifeline: socket.socket
+    ) -> None:
+        """`lifeline`: the daemon's end, which closes with the daemon, however that ends."""
         world.hired += 1
         self.pid = PIDS_FROM + world.hired
         self.device = device
@@ -135,9 +178,10 @@ class Machine:
         self.deaf = False
         self.files: JobFiles | None = None
         self.computing = False
+        self.loaded_bytes = 0
         self._world, self._luck = world, world.luck
         self._end = trio.socket.from_stdlib_socket(end)
-        self._output = output
+        self._output, self._lifeline = output, lifeline
         self._scope = trio.CancelScope()
         self._orders, self._inbox = trio.open_memory_channel[dict[str, Any]](100)
         self._yield_of = 0
@@ -182,6 +226,11 @@ class Machine:
             self.status = status
             self.computing = False
             self._scope.cancel()
+
+    def bury_daemon(self) -> None:
+        """The daemon's process is gone, and with it what it had open."""
+        self._lifeline.close()
+        self.let_go()
 
     def let_go(self) -> None:
         """Its descriptors close, the lock with them."""
@@ -263,8 +312,18 @@ class Machine:
             await self._die(-signal.SIGSEGV)
         elif trouble == "hangs":
             await trio.sleep_forever()
+        if not self._fits():
+            self._send("load_failed", error="OutOfMemoryError: CUDA out of memory", out_of_memory=True)
+            await self._die(1)
+        self.loaded_bytes = MODEL_BYTES + CONTEXT_BYTES
         self._print(b"loaded\n")
-        self._send("loaded", load_s=load_s, vram_bytes=10 << 30, device_bytes=24 << 30, hardware="simulated")
+        sizes = {"vram_bytes": MODEL_BYTES, "device_bytes": DEVICE_BYTES}
+        self._send("loaded", load_s=load_s, hardware="simulated", **sizes)
+
+    def _fits(self) -> bool:
+        here = [m for m in self._world.machines if m.device == self.device and m.status is None]
+        held = sum(machine.loaded_bytes for machine in here) + self._world.foreign_bytes(self.device)
+        return held + MODEL_BYTES + CONTEXT_BYTES <= DEVICE_BYTES
 
     async def _work(self, order: dict[str, Any]) -> None:
         terms = Terms(order)
@@ -448,7 +507,11 @@ class Lease:
         return outcome
 
     def report(self) -> dict[str, Any]:
-        return {"checkpoint": self.writer.checkpoint, "timings": {"compute_s": 1.0}, "vram_bytes": 10 << 30}
+        return {
+            "checkpoint": self.writer.checkpoint,
+            "timings": {"compute_s": 1.0},
+            "vram_bytes": MODEL_BYTES,
+        }
 
 
 def _further(point: dict[str, Any], lines: int) -> dict[str, Any]:

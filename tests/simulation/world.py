@@ -34,7 +34,7 @@ from simulation.oracle import Oracle
 from simulation.people import Follower, Person, Stranger
 from simulation.pulse import SLOW, Pulse
 from simulation.threads import JournalThread, Threads
-from simulation.workers import Machine, simulated_process
+from simulation.workers import Machine, simulated_driver, simulated_process
 
 SEGMENT_BYTES: Final = 256 << 10
 TAIL_LINES: Final = 60
@@ -165,6 +165,7 @@ class World:
                     disk=self.spool_disk,
                     signals=self._signals,
                     process=simulated_process(self),
+                    driver=simulated_driver(self),
                     people=PEOPLE,
                     pulse=self.pulse,
                 ),
@@ -237,7 +238,7 @@ class World:
         self.spool_disk.end_life()
         self.journal_disk.off = False
         for machine in self.machines:
-            machine.let_go()
+            machine.bury_daemon()
         self.machines.clear()
         if self._ending == "power cut":
             self.journal_disk.cut_power()
@@ -319,6 +320,10 @@ class World:
                 self.faults.happen(what)
             case "disk full":
                 self.nursery.start_soon(self._fill_disk, luck.uniform(0.1, 3) * HOUR_S / self.pulse.eagerness)
+            case "strangers":
+                self.faults.come(luck.choice(("cuda:0", "cuda:1")), self.clock.world_s)
+            case "driver replaced":
+                self.faults.replace_driver(self.clock.world_s)
             case "device ill":
                 self.faults.fall_ill(luck.choice(("cuda:0", "cuda:1")), self.clock.world_s)
 
@@ -400,6 +405,12 @@ class World:
 
     def load_trouble(self, handler: str) -> str:
         return self.faults.load_trouble(handler)
+
+    def foreign_bytes(self, device: str) -> int:
+        return self.faults.foreign_bytes(device, self.clock.world_s)
+
+    def driver_trouble(self) -> str:
+        return self.faults.driver_trouble(self.clock.world_s)
 
     def device_is_ill(self, device: str) -> bool:
         return self.faults.device_is_ill(device, self.clock.world_s)

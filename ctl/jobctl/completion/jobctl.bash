@@ -12,7 +12,7 @@ _jobctl() {
     local verb="" at=0 i
     for ((i = 1; i < cword; i++)); do
         case ${words[i]} in
-            --socket) ((i++)) ;;
+            --socket | --notify-socket) ((i++)) ;;
             -*) ;;
             *)
                 verb=${words[i]} at=$i
@@ -22,12 +22,20 @@ _jobctl() {
     done
 
     case $prev in
-        --socket | -o | --output)
+        --socket | --notify-socket | -o | --output)
             COMPREPLY=($(compgen -f -- "$cur"))
             return
             ;;
         --state)
-            COMPREPLY=($(compgen -W "running queued paused cancelled completed expired failed" -- "$cur"))
+            if [[ $verb == notifications ]]; then
+                COMPREPLY=($(compgen -W "pending delivered failed muted" -- "$cur"))
+            else
+                COMPREPLY=($(compgen -W "running queued paused cancelled completed expired failed" -- "$cur"))
+            fi
+            return
+            ;;
+        --notify-on)
+            COMPREPLY=($(compgen -W "start finish fail pause stall progress=25%" -- "$cur"))
             return
             ;;
         --priority)
@@ -39,7 +47,7 @@ _jobctl() {
             return
             ;;
         -m | --message | --name | --handler | --param | --begin | --deadline | --failures-max | --submit-id | \
-            --limit | --changed-since | --since | --job | --timeout)
+            --notify | --endpoint | --limit | --changed-since | --since | --job | --timeout)
             return
             ;;
     esac
@@ -48,12 +56,12 @@ _jobctl() {
     case $verb in
         "")
             options+=" --version"
-            arguments="submit wait watch output errors status list ls show log events cancel pause resume retry
+            arguments="submit wait watch output errors status list ls show log events notifications cancel pause resume retry
                 priority first rm queue handlers tenants device ping completion"
             ;;
         submit)
             options+=" --priority --tenant --name --param --begin --deadline --failures-max --wait --dry-run --no-check
-                --submit-id"
+                --submit-id --notify --notify-on"
             if [[ $cur != -* && $cword -gt $((at + 1)) ]]; then
                 COMPREPLY=($(compgen -f -- "$cur"))
                 return
@@ -67,7 +75,11 @@ _jobctl() {
         log) options+=" --follow" arguments="@" ;;
         events) options+=" --follow --since --job" ;;
         cancel | pause | resume | first | rm) options+=" --message" arguments="@" ;;
-        retry) options+=" --failed-items --message" arguments="@" ;;
+        retry) options+=" --failed-items --message --notify --notify-on" arguments="@" ;;
+        notifications)
+            options+=" --all --state --job --endpoint --clear --notify --notify-on --notify-socket"
+            arguments="@ list retry mute unmute defaults"
+            ;;
         priority) options+=" --message" arguments="@ high normal low" ;;
         queue) options+=" --message" arguments="stop start disable enable drain" ;;
         completion) arguments="bash zsh fish" ;;

@@ -1,7 +1,7 @@
 # fish completion for jobctl. Words only: no process is started. A test holds it to the options that jobctl has.
 
-set -l verbs submit wait watch output errors status list ls show log events cancel pause resume retry priority first \
-    rm queue handlers tenants device ping completion
+set -l verbs submit wait watch output errors status list ls show log events notifications cancel pause resume retry \
+    priority first rm queue handlers tenants device ping completion
 
 complete -c jobctl -f
 complete -c jobctl -l json -d 'Write JSON'
@@ -19,6 +19,7 @@ complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a 'list ls' -d '
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a show -d 'Show all that is known of a job'
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a log -d 'What a job\'s worker wrote'
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a events -d 'What happened, numbered for ever'
+complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a notifications -d 'Whom was told what'
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a cancel -d 'Cancel jobs for good'
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a pause -d 'Hold jobs until they are resumed'
 complete -c jobctl -n "not __fish_seen_subcommand_from $verbs" -a resume -d 'Let paused jobs go on'
@@ -45,6 +46,17 @@ complete -c jobctl -n '__fish_seen_subcommand_from submit' -l wait -d 'Wait for 
 complete -c jobctl -n '__fish_seen_subcommand_from submit' -l dry-run -d 'Only say whether it would be accepted'
 complete -c jobctl -n '__fish_seen_subcommand_from submit' -l no-check -d 'Send the input unread'
 complete -c jobctl -n '__fish_seen_subcommand_from submit' -l submit-id -x -d 'The same word, the same job'
+complete -c jobctl -n '__fish_seen_subcommand_from submit retry notifications' -l notify -x -d 'Whom to tell'
+complete -c jobctl -n '__fish_seen_subcommand_from submit retry notifications' -l notify-on -x \
+    -a 'start finish fail pause stall progress=25%' -d 'When'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -a '@ list retry mute unmute defaults'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -s a -l all -d 'Everybody\'s'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -l state -x \
+    -a 'pending delivered failed muted' -d 'Only these'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -l job -x -d 'About this job'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -l endpoint -x -d 'To this endpoint'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -l clear -d 'Tell nobody by default'
+complete -c jobctl -n '__fish_seen_subcommand_from notifications' -l notify-socket -r -F -d 'Socket of the notifier'
 complete -c jobctl -n '__fish_seen_subcommand_from wait' -l timeout -x -d 'Give up after so long'
 complete -c jobctl -n '__fish_seen_subcommand_from output errors' -s o -l output -r -F -d 'Write it there'
 complete -c jobctl -n '__fish_seen_subcommand_from errors' -l summary -d 'Group by code and message'

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from gpujobd.core import policy, rights
+from gpujobd.core import policy, rights, telling
 from gpujobd.core.events import AnyEvent, ReservationReleased, Reserved, Submitted
 from gpujobd.core.inputs import Release, Reserve, Submission, Submit, Who
 from gpujobd.core.model import (
@@ -30,6 +30,7 @@ from gpujobd.core.model import (
     Rules,
     State,
 )
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 SUBMIT_ID_CHARS_MAX: Final = 64
@@ -39,26 +40,6 @@ PARAM_CHARS_MAX: Final = 1_000
 INT64_MAX: Final = (1 << 63) - 1
 INPUT_SHA256_BYTES: Final = 32
 STORED: Final = "bytes of inputs and outputs"
-
-
-class Refused(Exception):
-    """A wish we decline. Nothing was written and nothing changed."""
-
-    def __init__(
-        self,
-        code: ErrorCode,
-        message: str,
-        *,
-        limit: int | None = None,
-        current: int | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.limit = limit
-        self.current = current
-        self.retry_after_s = retry_after_s  # when the same wish may be granted, where that is known
 
 
 def find_submitted(state: State, who: Who, submission: Submission) -> int:
@@ -96,6 +77,8 @@ def _same(who: Who, job: Job, submission: Submission) -> bool:
         and job.deadline_ns == submission.deadline_ns
         and job.failures_max == submission.failures_max
         and job.retry_of == submission.retry_of
+        and job.notify == submission.notify
+        and job.notify_on == submission.notify_on
         and all(job.params.get(name) == value for name, value in submission.params.items())
     )
 
@@ -161,7 +144,8 @@ def submit(state: State, rules: Rules, given: Submit, now_ns: int) -> list[AnyEv
             retry_of=submission.retry_of,
             message=submission.message,
             reservation_id=given.reservation_id if held else 0,
-            forecast_ns=given.forecast_ns,
+            notify=submission.notify,
+            notify_on=submission.notify_on,
             input=given.inline,
         )
     ]
@@ -193,6 +177,7 @@ def _check(
     params = _params(rules, submission)
     _check_rights(state, who, submission)
     _check_header(submission, now_ns)
+    telling.check(state, who, submission.notify, submission.notify_on, now_ns)
     _check_sizes(rules, submission)
     _check_room(state, rules, submission)
     _check_tenants_quota(state, rules, tenant_of(who, submission), submission)

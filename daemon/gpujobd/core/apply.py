@@ -12,16 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from gpujobd.core import book, events
 from gpujobd.core.model import (
+    ELSEWHERE_WHY,
     NO_DEATHS,
     NO_PARAMS,
+    TELLING_NS,
     Device,
     DeviceState,
     Job,
     JobState,
     Learned,
     Lease,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -49,12 +54,13 @@ def apply(state: State, event: events.AnyEvent, seq: int) -> None:
 # --- the daemon -------------------------------------------------------------------------------------------------
 
 
-def _daemon_started(state: State, _: events.DaemonStarted) -> None:
+def _daemon_started(state: State, event: events.DaemonStarted) -> None:
     state.stopping = False
     for reservation_id in list(state.reservations):
         _release(state, reservation_id)
     for device in state.devices.values():
         device.loaded = ()
+    _leave(state, event.at_ns)
 
 
 def _daemon_stopping(state: State, _: events.DaemonStopping) -> None:
@@ -81,6 +87,25 @@ def _disk_filled(state: State, event: events.DiskFilled) -> None:
 def _disk_freed(state: State, _: events.DiskFreed) -> None:
     state.disk_full = False
     state.disk_detail = ""
+
+
+def _notifier_attached(state: State, event: events.NotifierAttached) -> None:
+    state.notifier = Notifier(
+        names=event.names,
+        admin_names=event.admin_names,
+        url_hosts=event.url_hosts,
+        mail_domains=event.mail_domains,
+    )
+
+
+def _notifier_left(state: State, event: events.NotifierLeft) -> None:
+    _leave(state, event.at_ns)
+
+
+def _leave(state: State, at_ns: int) -> None:
+    """The connection of the notifier that was here is gone."""
+    if state.notifier is not None and not state.notifier.left_ns:
+        state.notifier = replace(state.notifier, left_ns=at_ns)
 
 
 # --- submissions --------------------------------------------------------------------------------------------------
@@ -149,13 +174,14 @@ def job_of(event: events.Submitted, *, inline_seq: int = 0) -> Job:
         retry_of=event.retry_of,
         inline_seq=inline_seq,
         reservation_id=event.reservation_id,
+        notify=event.notify,
+        notify_on=event.notify_on,
         priority=event.priority,
         level=event.priority,
         line_key=event.job_id,
         asleep=event.begin_ns > event.at_ns,
         deaths=NO_DEATHS,
         queued_ns=event.at_ns,
-        forecast_ns=event.forecast_ns,
     )
 
 
@@ -172,8 +198,16 @@ def _woken(state: State, event: events.Woken) -> None:
         book.wake(state, job, event.at_ns)
 
 
+def _foretold(state: State, event: events.Foretold) -> None:
+    for expected in event.jobs:
+        job = state.jobs[expected.job_id]
+        job.expected = expected
+        job.changed_seq = state.seq
+
+
 def _priority_changed(state: State, event: events.PriorityChanged) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     lease = _lease_of(state, job)
     book.reorder(state, job, event.priority, job.line_key)
     if lease is not None:
@@ -182,6 +216,7 @@ def _priority_changed(state: State, event: events.PriorityChanged) -> None:
 
 def _moved_first(state: State, event: events.MovedFirst) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.reorder(state, job, job.priority, _next_head_key(state))
 
 
@@ -192,6 +227,7 @@ def _next_head_key(state: State) -> int:
 
 def _paused(state: State, event: events.Paused) -> None:
     job = state.jobs[event.job_id]
+    job.expected = None
     book.move(state, job, S.PAUSED, event.at_ns)
     job.reason = event.reason
     job.reason_detail = event.detail
@@ -291,6 +327,7 @@ def _handler_loaded(state: State, event: events.HandlerLoaded) -> None:
     learned = _learned(state, event.handler)
     learned.load_ns, learned.load_spread_ns = _learn(learned.load_ns, learned.load_spread_ns, event.load_ns)
     learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
+    learned.load_bytes = event.vram_bytes or learned.load_bytes
     learned.load_failures = learned.retry_at_ns = 0
     learned.failure = ""
     lease = device.lease
@@ -348,13 +385,22 @@ def _checkpointed(state: State, event: events.Checkpointed) -> None:
 
 
 def _yielded(state: State, event: events.Yielded) -> None:
-    _end_lease(state, _progress(state, event), event.at_ns)
+    job = _progress(state, event)
+    if event.cramped_bytes >= 0:
+        device = state.devices[job.device]
+        device.cramped = device.cramped | {job.handler: event.cramped_bytes}
+    _end_lease(state, job, event.at_ns)
 
 
 def _completed(state: State, event: events.Completed) -> None:
     job = _progress(state, event)
     assert job.left == 0, event
+    _price_job(state, job)
     _end_lease(state, job, event.at_ns, S.COMPLETED)
+    if job.expected is not None:
+        tenant = state.tenants[job.tenant]
+        tenant.accuracy = tenant.accuracy.judged(job.expected, job.finished_ns)
+        state.accuracy = state.accuracy.judged(job.expected, job.finished_ns)
 
 
 def _progress(state: State, event: events.Progress) -> Job:
@@ -369,7 +415,7 @@ def _progress(state: State, event: events.Progress) -> Job:
     job.checkpoint = new
     more = new.results_bytes + new.errors_bytes - old.results_bytes - old.errors_bytes
     book.count(state.book, job.owner, job.tenant, items=-tried, stored=more)
-    _price(state, lease, event.used_ns, tried)
+    job.worked_ns += _price(state, lease, event.used_ns, tried)
     if event.vram_bytes:
         learned = state.learned[job.handler]
         learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
@@ -381,17 +427,28 @@ def _progress(state: State, event: events.Progress) -> Job:
     return job
 
 
-def _price(state: State, lease: Lease, used_ns: int, tried: int) -> None:
-    """Learn what an item of this handler costs, loading apart."""
+def _price(state: State, lease: Lease, used_ns: int, tried: int) -> int:
+    """Learn what an item of this handler costs, loading apart; the time that was not loading."""
     loading = min(lease.loading_ns, used_ns)
     lease.loading_ns -= loading
-    lease.unpriced_ns += used_ns - loading
+    worked_ns = used_ns - loading
+    lease.unpriced_ns += worked_ns
     if not tried or not lease.unpriced_ns:
-        return
+        return worked_ns
     learned = state.learned[lease.handler]
     sample = max(1, lease.unpriced_ns // tried)
     lease.unpriced_ns = 0
     learned.item_ns, learned.item_spread_ns = _learn(learned.item_ns, learned.item_spread_ns, sample)
+    return worked_ns
+
+
+def _price_job(state: State, job: Job) -> None:
+    """Learn what an item costs from one job to the next: what differs between jobs, checkpoints of one do not show."""
+    if job.worked_ns < TELLING_NS:
+        return
+    learned = state.learned[job.handler]
+    sample = max(1, job.worked_ns // job.items)
+    learned.job_item_ns, learned.job_spread_ns = _learn(learned.job_item_ns, learned.job_spread_ns, sample)
 
 
 def _got_on(job: Job) -> None:
@@ -452,9 +509,7 @@ def _condemn(job: Job, lines: tuple[int, ...]) -> None:
 
 def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.UNHEALTHY
-    device.reason = event.reason
-    device.reason_detail = event.detail
+    _enter(device, DeviceState.UNHEALTHY, event.reason, event.detail, event.at_ns)
     device.retry_at_ns = event.retry_at_ns
     device.failed_jobs = ()
     device.relapses += 1
@@ -462,11 +517,45 @@ def _device_fell_ill(state: State, event: events.DeviceFellIll) -> None:
 
 def _device_recovered(state: State, event: events.DeviceRecovered) -> None:
     device = state.devices[event.device]
-    device.state = DeviceState.OK
-    device.reason = device.reason_detail = ""
+    _enter_well(device, event.at_ns)
     device.retry_at_ns = device.relapses = 0
     if device.lease is not None:
         device.lease.canary = False
+
+
+def _device_crowded(state: State, event: events.DeviceCrowded) -> None:
+    """A device that has another trouble keeps that one's name: it stands in the way of more."""
+    device = state.devices[event.device]
+    device.room_bytes = event.room_bytes
+    if device.state in (DeviceState.OK, DeviceState.BUSY_ELSEWHERE):
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, event.detail, event.at_ns)
+
+
+def _device_cleared(state: State, event: events.DeviceCleared) -> None:
+    device = state.devices[event.device]
+    device.room_bytes = -1
+    device.cramped = {}
+    if device.state is DeviceState.BUSY_ELSEWHERE:
+        _enter_well(device, event.at_ns)
+
+
+def _driver_mismatched(state: State, event: events.DriverMismatched) -> None:
+    device = state.devices[event.device]
+    _enter(device, DeviceState.DRIVER_MISMATCH, "DriverMismatch", event.detail, event.at_ns)
+
+
+def _enter(device: Device, to: DeviceState, reason: str, detail: str, at_ns: int) -> None:
+    if device.state is not to:
+        device.since_ns = at_ns
+    device.state, device.reason, device.reason_detail = to, reason, detail
+
+
+def _enter_well(device: Device, at_ns: int) -> None:
+    """It works; whether others leave room on it is another matter."""
+    if device.room_bytes < 0:
+        _enter(device, DeviceState.OK, "", "", at_ns)
+    else:
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, "", at_ns)
 
 
 def _lease_of(state: State, job: Job) -> Lease | None:
@@ -514,11 +603,14 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.QueueSwitched: _queue_switched,
     events.DiskFilled: _disk_filled,
     events.DiskFreed: _disk_freed,
+    events.NotifierAttached: _notifier_attached,
+    events.NotifierLeft: _notifier_left,
     events.Reserved: _reserved,
     events.ReservationReleased: _reservation_released,
     events.Submitted: _submitted,
     events.InputsSpooled: _inputs_spooled,
     events.Woken: _woken,
+    events.Foretold: _foretold,
     events.PriorityChanged: _priority_changed,
     events.MovedFirst: _moved_first,
     events.Paused: _paused,
@@ -540,5 +632,8 @@ _APPLY: Final[dict[type, Callable[[State, Any], None]]] = {
     events.CanaryPassed: _canary_passed,
     events.DeviceFellIll: _device_fell_ill,
     events.DeviceRecovered: _device_recovered,
+    events.DeviceCrowded: _device_crowded,
+    events.DeviceCleared: _device_cleared,
+    events.DriverMismatched: _driver_mismatched,
 }
 assert set(_APPLY) == set(events.AnyEvent.__args__)  # a new event must say what it changes

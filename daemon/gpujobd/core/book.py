@@ -121,6 +121,8 @@ def move(state: State, job: Job, to: JobState, at_ns: int) -> None:
     book = state.book
     was = _presence(job)
     _unqueue(book, job)
+    if JobState.PAUSED in (job.state, to):
+        count(book, job.owner, job.tenant, paused=1 if to is JobState.PAUSED else -1)
     if job.state is JobState.QUEUED and not job.asleep:
         job.waited_ns = max(0, at_ns - job.queued_ns)
     job.enter(to)
@@ -317,7 +319,8 @@ def _note(book: Book, job: Job) -> None:
 def _count(book: Book, job: Job) -> None:
     """All that a job which is not final takes up."""
     stored = job.input_bytes + output_bytes(job)
-    count(book, job.owner, job.tenant, jobs=1, items=job.left, stored=stored)
+    paused = int(job.state is JobState.PAUSED)
+    count(book, job.owner, job.tenant, jobs=1, paused=paused, items=job.left, stored=stored)
 
 
 def count_reserved(book: Book, owner: int, tenant: str, sign: int, items: int, input_bytes: int) -> None:
@@ -325,20 +328,23 @@ def count_reserved(book: Book, owner: int, tenant: str, sign: int, items: int, i
     count(book, owner, tenant, jobs=sign, items=sign * items, stored=sign * input_bytes)
 
 
-def count(book: Book, owner: int, tenant: str, *, jobs: int = 0, items: int = 0, stored: int = 0) -> None:
+def count(
+    book: Book, owner: int, tenant: str, *, jobs: int = 0, paused: int = 0, items: int = 0, stored: int = 0
+) -> None:
     """The one place where what quotas and limits are held against changes: for the house, the uid and the tenant."""
     book.open_jobs += jobs
     book.open_items += items
     book.stored_bytes += stored
-    _add(book.of_uid, owner, jobs, items, stored)
-    _add(book.of_tenant, tenant, jobs, items, stored)
+    _add(book.of_uid, owner, jobs, paused, items, stored)
+    _add(book.of_tenant, tenant, jobs, paused, items, stored)
 
 
-def _add(uses: dict[Key, Use], key: Key, jobs: int, items: int, stored: int) -> None:
+def _add(uses: dict[Key, Use], key: Key, jobs: int, paused: int, items: int, stored: int) -> None:
     use = uses.get(key)
     if use is None:
         use = uses[key] = Use()
     use.jobs += jobs
+    use.paused += paused
     use.items += items
     use.bytes += stored
     if not (use.jobs or use.items or use.bytes):

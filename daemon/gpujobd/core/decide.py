@@ -6,24 +6,31 @@ Rule 3: the same answer whatever the hour but `now_ns`: no clock, no luck.
 Rule 4: no events: nothing to do, or nothing to add (a repeated submission, a stale report, a wish already granted).
 
     admission.py  the door: submissions      leases.py  reports of workers
+    telling.py    the notifier: is it here, whom may it be asked to tell
+    sightings.py  looks at devices from outside
     house.py      start, stop, time, order   here       what people want of jobs that are in
 """
 
 from __future__ import annotations
 
-from gpujobd.core import admission, events, house, leases, rights
-from gpujobd.core.admission import MESSAGE_CHARS_MAX, Refused, find_submitted
+from gpujobd.core import admission, events, house, leases, rights, sightings, telling
+from gpujobd.core.admission import MESSAGE_CHARS_MAX, find_submitted
 from gpujobd.core.inputs import (
     AnyInput,
+    Attend,
     CanaryOk,
     Cancel,
     CheckpointReached,
+    DeviceSeen,
     DiskSpace,
     Finished,
+    Foretell,
     GaveBack,
+    Leave,
     Loaded,
     LoadFailed,
     Lost,
+    MemoryWanted,
     MoveFirst,
     Pause,
     Release,
@@ -43,6 +50,7 @@ from gpujobd.core.inputs import (
     Who,
 )
 from gpujobd.core.model import FINAL, Device, Job, JobState, Reason, Rules, State, YieldWhy
+from gpujobd.core.refused import Refused
 from gpujobd.protocol import ErrorCode
 
 __all__ = ["Refused", "decide", "find_submitted"]
@@ -82,12 +90,18 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return _remove(state, given, now_ns)
         case SwitchQueue():
             return _switch_queue(state, given, now_ns)
+        case Attend():
+            return telling.attend(state, given, now_ns)
+        case Leave():
+            return telling.leave(state, now_ns)
         case Start():
             return house.start(state, rules, given, now_ns)
         case Stop():
             return house.stop(state, now_ns)
         case Spooled():
             return house.spooled(state, given, now_ns)
+        case Foretell():
+            return house.foretell(state, given, now_ns)
         case DiskSpace():
             return house.disk_space(state, given, now_ns)
         case Retain():
@@ -108,6 +122,10 @@ def decide(state: State, rules: Rules, given: AnyInput, now_ns: int) -> Events:
             return leases.canary_ok(state, given, now_ns)
         case Unkillable():
             return leases.unkillable(state, given, now_ns)
+        case DeviceSeen():
+            return sightings.device_seen(state, rules, given, now_ns)
+        case MemoryWanted():
+            return sightings.memory_wanted(state, given, now_ns)
 
 
 # --- what people want of jobs that are in --------------------------------------------------------------------------

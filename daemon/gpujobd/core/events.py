@@ -12,6 +12,7 @@ import msgspec
 
 from gpujobd.core.model import (
     Checkpoint,
+    Expected,
     ParamValue,
     Priority,
     Reason,
@@ -63,6 +64,20 @@ class DiskFreed(Event, frozen=True, tag="disk_freed"):
     pass
 
 
+class NotifierAttached(Event, frozen=True, tag="notifier_attached"):
+    """A notifier is here, and reaches this much; in the place of what was known of it before."""
+
+    by: int
+    names: tuple[str, ...] = ()
+    admin_names: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    mail_domains: tuple[str, ...] = ()
+
+
+class NotifierLeft(Event, frozen=True, tag="notifier_left"):
+    """Its connection ended: what it said holds for a while yet, it may be starting anew."""
+
+
 # --- submissions --------------------------------------------------------------------------------------------
 
 
@@ -99,7 +114,8 @@ class Submitted(Event, frozen=True, tag="submitted"):
     retry_of: int = 0
     message: str = ""  # of a retry
     reservation_id: int = 0  # ends with this event; 0: none was needed
-    forecast_ns: int = 0
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ()
     input: bytes = b""  # rides here when it is small; apply() keeps the sequence number, never the bytes
 
 
@@ -113,6 +129,12 @@ class Woken(Event, frozen=True, tag="woken"):
     """The begin time or the backoff of these jobs is over: they stand in line."""
 
     job_ids: tuple[int, ...]
+
+
+class Foretold(Event, frozen=True, tag="foretold"):
+    """The first forecast of these jobs since their submission: their ends will be held against it."""
+
+    jobs: tuple[Expected, ...]
 
 
 class PriorityChanged(Event, frozen=True, tag="priority_changed"):
@@ -242,6 +264,10 @@ class Checkpointed(Progress, frozen=True, tag="checkpointed"):
 class Yielded(Progress, frozen=True, tag="yielded"):
     """The worker gave the lease back at a batch boundary; counts against nobody."""
 
+    cramped_bytes: int = (
+        -1
+    )  # it did not fit into the room that others leave on the device; -1: that was not why
+
 
 class Completed(Progress, frozen=True, tag="completed"):
     """Every item was tried."""
@@ -274,13 +300,36 @@ class CanaryPassed(Event, frozen=True, tag="canary_passed"):
 
 class DeviceFellIll(Event, frozen=True, tag="device_fell_ill"):
     device: str
-    reason: str  # WorkerUnkillable, CanaryFailed, RepeatedFailures
+    reason: (
+        str  # WorkerUnkillable, CanaryFailed, RepeatedFailures; DeviceLost, ResetRequired, ComputeProhibited
+    )
     detail: str
     retry_at_ns: int
 
 
 class DeviceRecovered(Event, frozen=True, tag="device_recovered"):
     device: str
+
+
+class DeviceCrowded(Event, frozen=True, tag="device_crowded"):
+    """Processes that are not ours leave so little of its memory that some handler does not fit."""
+
+    device: str
+    room_bytes: int
+    detail: str = ""
+
+
+class DeviceCleared(Event, frozen=True, tag="device_cleared"):
+    """They leave room for every handler again."""
+
+    device: str
+
+
+class DriverMismatched(Event, frozen=True, tag="driver_mismatched"):
+    """The driver in the kernel is not the one of the libraries: it was upgraded, and the host was not rebooted."""
+
+    device: str
+    detail: str = ""
 
 
 AnyEvent = (
@@ -290,11 +339,14 @@ AnyEvent = (
     | QueueSwitched
     | DiskFilled
     | DiskFreed
+    | NotifierAttached
+    | NotifierLeft
     | Reserved
     | ReservationReleased
     | Submitted
     | InputsSpooled
     | Woken
+    | Foretold
     | PriorityChanged
     | MovedFirst
     | Paused
@@ -316,6 +368,9 @@ AnyEvent = (
     | CanaryPassed
     | DeviceFellIll
     | DeviceRecovered
+    | DeviceCrowded
+    | DeviceCleared
+    | DriverMismatched
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from gpujobd.core import book, events, policy
-from gpujobd.core.inputs import DiskSpace, QueueVerb, Spooled, Start, SwitchQueue
+from gpujobd.core.inputs import DiskSpace, Foretell, QueueVerb, Spooled, Start, SwitchQueue
 from gpujobd.core.leases import REST_MAX_NS, canary_line, daemon_died
 from gpujobd.core.model import (
     S_NS,
@@ -37,6 +37,7 @@ STRENGTH: Final[dict[YieldWhy | None, int]] = {
     None: 0,
     YieldWhy.TURN_OVER: 1,
     YieldWhy.PRIORITY: 1,
+    YieldWhy.ELSEWHERE: 1,
     YieldWhy.STOPPING: 2,
     YieldWhy.DEADLINE: 3,
     YieldWhy.PAUSE: 4,
@@ -136,6 +137,16 @@ def switch_queue(state: State, given: SwitchQueue, now_ns: int) -> Events:
 def spooled(state: State, given: Spooled, now_ns: int) -> Events:
     job_ids = tuple(job_id for job_id in dict.fromkeys(given.job_ids) if job_id in state.book.inline)
     return [events.InputsSpooled(at_ns=now_ns, job_ids=job_ids)] if job_ids else []
+
+
+def foretell(state: State, given: Foretell, now_ns: int) -> Events:
+    """The first forecast counts, and none that comes after the end."""
+    jobs, told = state.jobs, []
+    for expected in given.jobs[:BATCH_MAX]:
+        job = jobs.get(expected.job_id)
+        if job is not None and job.expected is None and job.state in (JobState.QUEUED, JobState.RUNNING):
+            told.append(expected)
+    return [events.Foretold(at_ns=now_ns, jobs=tuple(told))] if told else []
 
 
 def disk_space(state: State, given: DiskSpace, now_ns: int) -> Events:

@@ -11,7 +11,7 @@ import enum
 
 import msgspec
 
-from gpujobd.core.model import Checkpoint, ParamValue, Priority, Span, Timings
+from gpujobd.core.model import Checkpoint, Expected, ParamValue, Priority, Span, Timings
 
 
 class Who(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +50,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     failures_max: int = -1
     retry_of: int = 0
     message: str = ""  # why it is tried again
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ()
 
 
 class Reserve(Input, frozen=True):
@@ -72,7 +74,6 @@ class Submit(Input, frozen=True):
     submission: Submission
     reservation_id: int = 0
     inline: bytes = b""
-    forecast_ns: int = 0  # the finish the shell forecasts now, kept to be measured against; 0: none
 
 
 class Cancel(Input, frozen=True):
@@ -128,6 +129,20 @@ class SwitchQueue(Input, frozen=True):
     message: str = ""
 
 
+class Attend(Input, frozen=True):
+    """A notifier is here."""
+
+    who: Who
+    names: tuple[str, ...] = ()
+    admin_names: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    mail_domains: tuple[str, ...] = ()
+
+
+class Leave(Input, frozen=True):
+    """The notifier's connection ended, and no other notifier is here."""
+
+
 # --- the daemon -------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +160,12 @@ class Stop(Input, frozen=True):
 
 class Spooled(Input, frozen=True):
     job_ids: tuple[int, ...]
+
+
+class Foretell(Input, frozen=True):
+    """What a forecast says of jobs that were submitted since the one before."""
+
+    jobs: tuple[Expected, ...]
 
 
 class DiskSpace(Input, frozen=True):
@@ -205,7 +226,9 @@ class CheckpointReached(Work, frozen=True):
 
 
 class GaveBack(Work, frozen=True):
-    """The worker yielded."""
+    """The worker yielded; or there was none yet, and the lease is given back as it came."""
+
+    cramped_bytes: int = -1  # why: it does not fit into this room, which others leave it; -1: another reason
 
 
 class Finished(Work, frozen=True):
@@ -233,6 +256,24 @@ class Unkillable(Input, frozen=True):
     detail: str = ""
 
 
+class DeviceSeen(Input, frozen=True):
+    """A look at a device from outside, by its driver. Told again and again: what has not changed gives no events."""
+
+    device: str
+    trouble: str = ""  # DriverMismatch, DeviceLost, ResetRequired, ComputeProhibited; empty: none is known
+    detail: str = ""
+    total_bytes: int = 0  # 0: nothing is known of its memory
+    room_bytes: int = -1  # as in Device
+
+
+class MemoryWanted(Input, frozen=True):
+    """Processes that are not ours have taken more of this device, and next to nothing is left of its memory."""
+
+    device: str
+    attempt: int
+    detail: str = ""
+
+
 AnyInput = (
     Reserve
     | Release
@@ -244,9 +285,12 @@ AnyInput = (
     | MoveFirst
     | Remove
     | SwitchQueue
+    | Attend
+    | Leave
     | Start
     | Stop
     | Spooled
+    | Foretell
     | DiskSpace
     | Retain
     | Tick
@@ -259,4 +303,6 @@ AnyInput = (
     | Lost
     | CanaryOk
     | Unkillable
+    | DeviceSeen
+    | MemoryWanted
 )

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Final, TypeVar
 
+import msgspec
+
 from gpujobd.core import book, events
 from gpujobd.core.inputs import (
     CanaryOk,
@@ -31,6 +33,8 @@ from gpujobd.core.inputs import (
     Work,
 )
 from gpujobd.core.model import (
+    CODE_CHARS_MAX,
+    CODES_MAX,
     DEFERRED_MAX,
     S_NS,
     Checkpoint,
@@ -45,6 +49,7 @@ from gpujobd.core.model import (
     Timings,
     YieldWhy,
 )
+from gpujobd.core.residency import gib
 
 DEATHS_MAX: Final = 2  # of workers, with the same line alone in hand
 FAILED_JOBS_MAX: Final = 3  # jobs whose leases were lost on one device in a row
@@ -180,7 +185,17 @@ def gave_back(state: State, rules: Rules, given: GaveBack, now_ns: int) -> Event
     back = _progress(events.Yielded, state, rules, lease, given, now_ns)
     if _too_many_failed(job, given.checkpoint):
         return [*recovered, back, _failures_max(job, given.checkpoint, now_ns)]
+    if given.cramped_bytes >= 0:
+        return [*recovered, *_cramped(lease, back, given, now_ns), *_asked(job, lease, now_ns)]
     return [*recovered, back, *_asked(job, lease, now_ns)]
+
+
+def _cramped(lease: Lease, back: events.Yielded, given: GaveBack, now_ns: int) -> Events:
+    """It ran out of memory beside processes that are not ours. That is nobody's failure: it waits for more room."""
+    room_bytes = min(given.cramped_bytes, BYTES_MAX)
+    detail = f"{lease.handler} does not fit into the {gib(room_bytes)} that other processes leave"
+    crowded = events.DeviceCrowded(at_ns=now_ns, device=lease.device, room_bytes=room_bytes, detail=detail)
+    return [msgspec.structs.replace(back, cramped_bytes=room_bytes), crowded]
 
 
 def finished(state: State, rules: Rules, given: Finished | GaveBack, now_ns: int) -> Events:
@@ -213,6 +228,19 @@ def _possible(job: Job, new: Checkpoint) -> bool:
         and new.results_bytes >= old.results_bytes
         and new.errors_bytes >= old.errors_bytes
         and tried + len(new.deferred) == new.upto
+        and _counted(new, old)
+    )
+
+
+def _counted(new: Checkpoint, old: Checkpoint) -> bool:
+    """Whether the codes can be those of the failures. Of what failed under an older version, none is known."""
+    codes = new.failure_codes
+    return (
+        len(codes) <= CODES_MAX + 1
+        and all(code.isascii() and code.isidentifier() and len(code) <= CODE_CHARS_MAX for code in codes)
+        and all(count > 0 for count in codes.values())
+        and all(codes.get(code, 0) >= count for code, count in old.failure_codes.items())
+        and sum(codes.values()) <= new.failed
     )
 
 
@@ -327,7 +355,7 @@ def _died(state: State, rules: Rules, lease: Lease, given: Lost, now_ns: int) ->
         canary_due=(blamed,) if guilty and testable else (),
         # A job without another line has nothing to test a device with; then it must not be an ill one that kills it.
         condemned=(blamed, *job.canary_due)
-        if guilty and not testable and device.state is DeviceState.OK
+        if guilty and not testable and device.state is not DeviceState.UNHEALTHY
         else (),
         # The first loss is redone at once: what is in hand is found out soonest.
         retry_at_ns=now_ns + backoff_ns(job.losses, S_NS, BACKOFF_MAX_NS) if job.losses else 0,
@@ -444,7 +472,7 @@ def _asked(job: Job, lease: Lease, now_ns: int) -> Events:
             return [paused(job, by, message, now_ns)]
         case YieldWhy.STOPPING:
             return [events.Paused(at_ns=now_ns, job_id=job.job_id, reason=Reason.DAEMON_STOPPING)]
-        case YieldWhy.TURN_OVER | YieldWhy.PRIORITY | None:
+        case YieldWhy.TURN_OVER | YieldWhy.PRIORITY | YieldWhy.ELSEWHERE | None:
             return []
 
 

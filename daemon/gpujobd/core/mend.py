@@ -90,12 +90,16 @@ class Mender:
                 self._leave(set(event.devices))
             case events.HandlerLoaded() | events.WorkerGone():
                 self._find(event.device)
-            case events.DeviceFellIll() | events.DeviceRecovered():
+            case events.DeviceFellIll() | events.DeviceRecovered() | events.DriverMismatched():
+                self._find(event.device)
+            case events.DeviceCrowded() | events.DeviceCleared():
                 self._find(event.device)
             case events.InputsSpooled():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if i in state.book.inline))
             case events.Woken():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if self._sleeps(i)))
+            case events.Foretold():
+                return replace(event, jobs=tuple(e for e in event.jobs if e.job_id in state.jobs))
             case events.SubmitIdsForgotten():
                 return replace(event, job_ids=tuple(i for i in event.job_ids if i in state.removed))
             case (
@@ -104,6 +108,8 @@ class Mender:
                 | events.QueueSwitched()
                 | events.DiskFilled()
                 | events.DiskFreed()
+                | events.NotifierAttached()
+                | events.NotifierLeft()
             ):
                 pass
             case _:

@@ -27,7 +27,14 @@ import msgspec
 
 S_NS: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * S_NS
+CODES_MAX: Final = 10
+CODE_CHARS_MAX: Final = 64
+ACCURACY_JOBS: Final = 100
+ERROR_MAX: Final = 10.0
 DEFERRED_MAX: Final = 1_000  # items of one job that wait for another try
+TELLING_NS: Final = (
+    S_NS  # device time after which a job tells what its items cost: before, starting is most of it
+)
 
 
 class JobState(enum.StrEnum):
@@ -103,6 +110,7 @@ class YieldWhy(enum.StrEnum):
     CANCEL = "cancel"  # cancelled
     DEADLINE = "deadline"  # expired
     STOPPING = "stopping"  # paused: DaemonStopping
+    ELSEWHERE = "elsewhere"  # back to queued: a process outside needs the memory
 
 
 class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -126,6 +134,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     errors_crc: int = 0
     done: int = 0  # result records
     failed: int = 0  # error records
+    failure_codes: dict[str, int] = {}  # of the error records, by code; at most CODES_MAX codes and `other`
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -147,11 +156,62 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
         )
 
 
+class Expected(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The first forecast of a job's end, made soon after its submission: the end is held against it. Wall-clock."""
+
+    job_id: int
+    made_ns: int
+    start_ns: int
+    finish_ns: int
+    finish_90_ns: int  # nine in ten should be done by then
+
+    def error(self, finished_ns: int) -> float:
+        """How much later it ended, as a part of the time that was forecast; negative: earlier.
+
+        What takes less than a second is held against a second: else the daemon's own pace would be judged.
+        """
+        return (finished_ns - self.finish_ns) / max(S_NS, self.finish_ns - self.made_ns)
+
+
+class Accuracy(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """How the forecasts of completed jobs turned out: means, moving ones once there are ACCURACY_JOBS."""
+
+    jobs: int = 0
+    error: float = 0.0  # distance of the end from the forecast, as a part of the time that was forecast
+    late: float = 0.0  # the same with its sign: who is always late is told too little
+    by_90: float = 0.0  # the part of the jobs that were done by finish_90_ns
+
+    def judged(self, expected: Expected, finished_ns: int) -> Accuracy:
+        """With one more job. A single one counts as ERROR_MAX at most: a weekend's drain must not be all that is seen."""
+        error = max(-ERROR_MAX, min(expected.error(finished_ns), ERROR_MAX))
+        weight = 1 / min(self.jobs + 1, ACCURACY_JOBS)
+        kept = float(finished_ns <= expected.finish_90_ns)
+        return Accuracy(
+            jobs=self.jobs + 1,
+            error=self.error + (abs(error) - self.error) * weight,
+            late=self.late + (error - self.late) * weight,
+            by_90=self.by_90 + (kept - self.by_90) * weight,
+        )
+
+
+NO_ACCURACY: Final = Accuracy()
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Lines first..last, both included: the items one call of the handler got."""
 
     first: int
     last: int
+
+
+class Notifier(msgspec.Struct, frozen=True, kw_only=True):
+    """What a notifier said that it can reach, and since when it is gone."""
+
+    names: tuple[str, ...] = ()  # endpoints that users may name
+    admin_names: tuple[str, ...] = ()  # endpoints that only administrators may name
+    url_hosts: tuple[str, ...] = ()  # patterns: a host, `*.DOMAIN`, `*`
+    mail_domains: tuple[str, ...] = ()  # the same
+    left_ns: int = 0  # 0: it is here
 
 
 ParamValue = str | int | float | bool
@@ -185,6 +245,8 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     retry_of: int = 0  # 0: not a retry
     inline_seq: int = 0  # journal record that holds the input; 0: the spool does
     reservation_id: int = 0  # Submitted.reservation_id: its input came in as the spool's incoming/<this>
+    notify: tuple[str, ...] = ()  # whom the notifier tells; the daemon itself tells nobody
+    notify_on: tuple[str, ...] = ()  # when
 
     # Persistent: where it is now.
     state: JobState = JobState.QUEUED
@@ -206,18 +268,28 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     canary_due: tuple[int, ...] = ()  # lines to be failed with `worker_lost` once a canary has passed
     condemned: tuple[int, ...] = ()  # the canary passed: the worker fails these lines and never tries them
     used_ns: int = 0  # device time charged to it so far
+    worked_ns: int = 0  # what of that went into items, not into loading
     timings: Timings = Timings()
     device: str = ""  # of the latest lease
     queued_ns: int = 0  # since when it waits, moved back by the waits since it last got on
     waited_ns: int = 0  # those waits, when they are over
     started_ns: int = 0  # of the first lease
     finished_ns: int = 0
-    forecast_ns: int = 0  # the finish that was forecast when it was submitted; 0: none
+    expected: Expected | None = (
+        None  # forgotten when a person moves or holds the job: it was of another course
+    )
     changed_seq: int = 0  # of the last event that named this job; apply() sets it
 
     def enter(self, state: JobState) -> None:
         assert state in NEXT[self.state], (self.job_id, self.state, state)
         self.state = state
+
+    @property
+    def forecast_error(self) -> float | None:
+        """Of a completed job, where its end was foretold."""
+        if self.expected is None or self.state is not JobState.COMPLETED:
+            return None
+        return self.expected.error(self.finished_ns)
 
     @property
     def wake_ns(self) -> int:
@@ -261,8 +333,12 @@ class Turn(msgspec.Struct, kw_only=True):
 
 class DeviceState(enum.StrEnum):
     OK = "ok"
-    UNHEALTHY = "unhealthy"
-    BUSY_ELSEWHERE = "busy_elsewhere"
+    UNHEALTHY = "unhealthy"  # it fails work: one job at a time tries it, with a canary
+    BUSY_ELSEWHERE = "busy_elsewhere"  # others leave too little memory for some handler; the rest go on
+    DRIVER_MISMATCH = "driver_mismatch"  # no process can begin to use it: only handlers that are loaded go on
+
+
+ELSEWHERE_WHY: Final = "OtherProcesses"  # the reason of BUSY_ELSEWHERE
 
 
 class Device(msgspec.Struct, kw_only=True):
@@ -270,8 +346,11 @@ class Device(msgspec.Struct, kw_only=True):
 
     name: str  # "cuda:0", "cpu"
     state: DeviceState = DeviceState.OK
-    reason: str = ""  # one word: WorkerUnkillable, CanaryFailed, RepeatedFailures
+    reason: str = ""  # one word; PROTOCOL.md, DeviceView, has them all
     reason_detail: str = ""
+    since_ns: int = 0  # when it came into this state; 0: it has always been in it
+    room_bytes: int = -1  # what processes that are not ours leave of its memory; -1: enough for every handler
+    cramped: dict[str, int] = {}  # handler -> room in which it ran out of memory, until that is over
     failed_jobs: tuple[int, ...] = ()  # different jobs whose leases were lost here, in a row
     relapses: int = 0  # times it fell ill without a checkpoint between: the wait for the next try doubles
     retry_at_ns: int = 0  # when an unhealthy device gets its next canary
@@ -288,6 +367,7 @@ class Tenant(msgspec.Struct, kw_only=True):
     vtimes_ns: tuple[int, int, int] = (0, 0, 0)  # by level: device time over share, no credit for idle time
     used_ns: int = 0  # device time ever charged
     served_at_ns: tuple[int, int, int] = (0, 0, 0)  # by priority: when it last had a device
+    accuracy: Accuracy = NO_ACCURACY
 
 
 class Learned(msgspec.Struct, kw_only=True):
@@ -296,9 +376,12 @@ class Learned(msgspec.Struct, kw_only=True):
     name: str
     load_ns: int = 0  # moving mean of load times; 0: never loaded
     vram_bytes: int = 0  # largest peak seen
+    load_bytes: int = 0  # what the latest load took: it cannot do with less
     load_spread_ns: int = 0  # moving mean of their distance from the mean
     item_ns: int = 0  # moving mean of device time per item; 0: none measured
     item_spread_ns: int = 0  # moving mean of the distance from it
+    job_item_ns: int = 0  # the same, a sample for each completed job: what to expect of the next one
+    job_spread_ns: int = 0
     load_failures: int = 0  # in a row, over all its jobs
     retry_at_ns: int = 0
     failure: str = ""  # the latest load error
@@ -429,6 +512,7 @@ class Use(msgspec.Struct, gc=False):
     """What one uid, or one tenant, takes up: what quotas are held against."""
 
     jobs: int = 0  # queued, running, paused, and reserved
+    paused: int = 0  # of these
     items: int = 0  # of those, that still need a try
     bytes: int = 0  # inputs and outputs of every job, and what is reserved
 
@@ -478,7 +562,9 @@ class State(msgspec.Struct, kw_only=True):
     disk_detail: str = ""
     stopping: bool = False  # the daemon is on its way down: start nothing
     store_id: str = ""
+    notifier: Notifier | None = None  # the latest that was here; None: none ever was
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    accuracy: Accuracy = NO_ACCURACY  # of all tenants together
 
     # Bookkeeping.
     book: Book = msgspec.field(default_factory=Book)

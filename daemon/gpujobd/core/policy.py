@@ -21,15 +21,16 @@ Rule 5: a tenant on `running_devices_max` devices claims nothing but a device of
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
-from itertools import chain
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Final
 
 import msgspec
 
-from gpujobd.core import book
+from gpujobd.core import book, residency
 from gpujobd.core.leases import rests
 from gpujobd.core.model import (
     S_NS,
@@ -49,6 +50,13 @@ from gpujobd.core.model import (
 SLICE_MIN_NS: Final = 5 * S_NS
 ROUND_NS: Final = 120 * S_NS  # many tenants share two minutes: a newcomer's turn comes about then
 NO_SPACE: Final = "no space left where inputs and outputs are kept"
+STARTED: Final = "an administrator starts the queue"
+HOLDS: Final[dict[Reason, str]] = {
+    Reason.HELD_BY_OWNER: "until somebody resumes it",
+    Reason.HELD_BY_ADMIN: "until an administrator resumes it",
+    Reason.OUTPUT_DAMAGED: "until somebody resumes it; its outputs are not what its checkpoint says",
+    Reason.DAEMON_STOPPING: "until gpujobd starts again, or somebody resumes it",
+}
 LINE_KEY: Final = attrgetter("line_key")
 OVERDUE_PART: Final = (
     0.5  # of a device, that loading may take when all are overdue: as much is worked as is loaded
@@ -105,8 +113,8 @@ def devices_of(state: State, tenant: str) -> int:
 
 
 def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
-    """Handlers in backoff after a failed load, and handlers that are not configured any more."""
-    blocked = {}
+    """Handlers in backoff after a failed load, without a device that takes them, or not configured any more."""
+    blocked = {name: detail for name, (_, detail) in shut_out(state, rules, now_ns).items()}
     for name, learned in state.learned.items():
         if name not in rules.handlers:
             blocked[name] = f"handler {name} is not configured"
@@ -114,6 +122,25 @@ def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
             wait_s = (learned.retry_at_ns - now_ns) / S_NS
             blocked[name] = f"handler {name} failed to load, next try in {wait_s:.0f} s: {learned.failure}"
     return blocked
+
+
+def shut_out(state: State, rules: Rules, now_ns: int) -> dict[str, tuple[Reason, str]]:
+    """Handlers that no usable device takes, for its driver or for the memory that others hold there; and why."""
+    if all(residency.takes_all(device) for device in state.devices.values()):
+        return {}
+    devices = [device for device in state.devices.values() if usable(device, now_ns)]
+    return {
+        name: _shut_reason(devices)
+        for name in rules.handlers
+        if devices and not any(residency.takes(state, rules, device, name) for device in devices)
+    }
+
+
+def _shut_reason(devices: list[Device]) -> tuple[Reason, str]:
+    crowded = [device for device in devices if device.state is not DeviceState.DRIVER_MISMATCH]
+    first = (crowded or devices)[0]
+    detail = f"{first.name}: {first.reason_detail or first.reason}"
+    return Reason.DEVICE_BUSY_ELSEWHERE if crowded else Reason.DEVICE_UNHEALTHY, detail
 
 
 class _Look:
@@ -182,10 +209,8 @@ def may_start(state: State) -> bool:
 
 
 def usable(device: Device, now_ns: int) -> bool:
-    """Healthy, or due for another try."""
-    if device.state is DeviceState.UNHEALTHY:
-        return not rests(device.retry_at_ns, now_ns)
-    return device.state is DeviceState.OK
+    """Healthy, or due for another try. Whom it takes is another question (residency.py)."""
+    return device.state is not DeviceState.UNHEALTHY or not rests(device.retry_at_ns, now_ns)
 
 
 def free_devices(state: State, now_ns: int) -> list[Device]:
@@ -194,7 +219,11 @@ def free_devices(state: State, now_ns: int) -> list[Device]:
 
 def slice_ns(state: State, rules: Rules) -> int:
     """The turn of whoever has the largest share of those who are there."""
-    tenants = max(1, len(state.book.present))
+    return slice_of(max(1, len(state.book.present)), rules)
+
+
+def slice_of(tenants: int, rules: Rules) -> int:
+    """Of so many that compete."""
     return min(rules.slice_ns, max(SLICE_MIN_NS, ROUND_NS // tenants))
 
 
@@ -217,22 +246,40 @@ def next_start(
 ) -> tuple[Device, Claim, bool] | None:
     """A free device, the claim it goes to, and whether a new turn begins with that."""
     free = free_devices(state, now_ns)
-    if not free or not claims:
+    if not free:
         return None
-    level = [claim for claim in claims if claim.level is claims[0].level]
+    for _, level in groupby(claims, key=attrgetter("level")):
+        found = _start_at(state, rules, free, list(level))
+        if found is not None:
+            return found
+    return None
+
+
+def _start_at(
+    state: State, rules: Rules, free: list[Device], claims: list[Claim]
+) -> tuple[Device, Claim, bool] | None:
+    """Of the claims of one level: a turn that goes on, then the first that may load, then the first of all."""
+    takers = [_takers(state, rules, free, claim) for claim in claims]
     for device in free:
-        own = _goes_on(state, rules, device, level)
+        own = _goes_on(
+            state, rules, device, [c for c, ds in zip(claims, takers, strict=True) if device in ds]
+        )
         if own is not None:
             return device, own, False
     saving: set[str] = (
         set()
     )  # devices that are on their way to earn a load: only loaded handlers go before it
-    for claim in level:
-        for device in sorted(free, key=lambda device: _effort(state, rules, device, claim)):
+    for claim, devices in zip(claims, takers, strict=True):
+        for device in devices:
             if _may_load(state, rules, device, claim, saving):
                 return device, claim, True
-    best = level[0]
-    return min(free, key=lambda device: _effort(state, rules, device, best)), best, True
+    return next(((ds[0], claim, True) for claim, ds in zip(claims, takers, strict=True) if ds), None)
+
+
+def _takers(state: State, rules: Rules, free: list[Device], claim: Claim) -> list[Device]:
+    """Devices that take this claim, the one first where it costs least."""
+    takers = [device for device in free if residency.takes(state, rules, device, claim.job.handler)]
+    return sorted(takers, key=lambda device: _effort(state, rules, device, claim))
 
 
 def _goes_on(state: State, rules: Rules, device: Device, claims: list[Claim]) -> Claim | None:
@@ -327,7 +374,7 @@ def due_yield(state: State, rules: Rules, seen: Survey, now_ns: int) -> tuple[De
     """The next lease to ask back, for whom, and why. Claims that a yielding device will serve are passed over."""
     leased = [device for device in state.devices.values() if device.lease]
     running = [device for device in leased if device.lease and device.lease.yield_why is None]
-    covered = len(leased) - len(running) + len(free_devices(state, now_ns))
+    covered = len(leased) - len(running)  # a device that is free by now takes none of these claims
     saving: set[str] = set()
     left: dict[str, int] = {}  # devices that the tenants of these claims may still have
     for claim in seen.claims:
@@ -386,6 +433,8 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     """Whether this claim comes before what the device runs, the price of a load apart."""
     lease = device.lease
     assert lease is not None, device.name
+    if not residency.takes(state, rules, device, claim.job.handler):
+        return None
     if claim.level > lease.level:
         return YieldWhy.PRIORITY
     if claim.level < lease.level or claim.job.tenant == lease.tenant:
@@ -406,8 +455,7 @@ def waiting_reason(
     """Why a queued or paused job does not run. For many jobs at once, pass one `survey` to all of them."""
     assert job.state in (JobState.QUEUED, JobState.PAUSED), (job.job_id, job.state)
     if job.state is JobState.PAUSED:
-        assert job.reason is not None, job.job_id
-        return job.reason, job.reason_detail
+        return held_reason(job)
     return (
         _house_reason(state)
         or _sleep_reason(job, now_ns)
@@ -417,14 +465,20 @@ def waiting_reason(
     )
 
 
+def held_reason(job: Job) -> tuple[Reason, str]:
+    """Of a paused job: in the words of whoever paused it, else what ends the pause."""
+    assert job.reason is not None, job.job_id
+    return job.reason, job.reason_detail or HOLDS.get(job.reason, "")
+
+
 def _house_reason(state: State) -> tuple[Reason, str] | None:
     switches = state.switches
     if state.stopping:
-        return Reason.DAEMON_STOPPING, "gpujobd is stopping"
+        return Reason.DAEMON_STOPPING, "gpujobd is stopping, the job waits for its next start"
     if switches.draining:
-        return Reason.DRAINING, switches.message or "by an administrator"
+        return Reason.DRAINING, switches.message or f"until {STARTED}"
     if switches.stopped:
-        return Reason.QUEUE_STOPPED, switches.message or "by an administrator"
+        return Reason.QUEUE_STOPPED, switches.message or f"until {STARTED}"
     if state.disk_full:
         return Reason.DISK_FULL, state.disk_detail or NO_SPACE
     return None
@@ -445,14 +499,15 @@ def _sleep_reason(job: Job, now_ns: int) -> tuple[Reason, str] | None:
 
 
 def _resource_reason(state: State, rules: Rules, job: Job, now_ns: int) -> tuple[Reason, str] | None:
+    shut = shut_out(state, rules, now_ns).get(job.handler)
+    if shut is not None:
+        return shut
     why = blocked_handlers(state, rules, now_ns).get(job.handler)
     if why is not None:
         return Reason.HANDLER_FAILING, why
     devices = list(state.devices.values())
     if any(device.lease or usable(device, now_ns) for device in devices):
         return None
-    if devices and all(device.state is DeviceState.BUSY_ELSEWHERE for device in devices):
-        return Reason.DEVICE_BUSY_ELSEWHERE, f"{devices[0].name} is used by something else"
     ill = next((device for device in devices if device.state is DeviceState.UNHEALTHY), None)
     if ill is None:
         return Reason.DEVICE_UNHEALTHY, "there is no device"
@@ -474,15 +529,34 @@ def _rank_reason(state: State, rules: Rules, job: Job, now_ns: int, seen: Survey
     own = next(claim for claim in seen.claims if _stands_in(job, claim))
     best = seen.claims[0]
     if best.level > own.level:
-        return Reason.PRIORITY, f"{named(best.job, job)} at level {best.level.name.lower()} is ahead"
-    if own.job is not job:
-        return Reason.PRIORITY, f"{named(own.job, job)} is ahead"
-    if best.job.tenant != job.tenant:
+        jobs = sum(claim.jobs for claim in seen.claims if claim.level > own.level)
+        return Reason.PRIORITY, f"{_jobs(best.job, job, jobs)} at level {best.level.name.lower()}"
+    first = next(c for c in seen.claims if c.job.tenant == job.tenant and c.level is own.level)
+    if first.job is not job:
+        return Reason.PRIORITY, _jobs(first.job, job, _ahead_in_line(state, job, seen))
+    if best is not own:
         owed_s = (own.vtime_ns - best.vtime_ns) * rules.share(best.job.tenant) / S_NS
         return Reason.FAIR_SHARE, _owed(best.job.tenant, owed_s)
-    if best is not own:
-        return Reason.PRIORITY, f"{named(best.job, job)} is ahead"
     return _device_reason(state, rules, own, now_ns)
+
+
+def _ahead_in_line(state: State, job: Job, seen: Survey) -> int:
+    """How many of its tenant's own jobs come before it, of those that could run."""
+    lines = state.book.lines[job.tenant]
+    return sum(
+        bisect_left(line, job.line_key, key=LINE_KEY)
+        for (level, handler), line in lines.items()
+        if level is job.priority and handler not in seen.blocked
+    )
+
+
+def _jobs(first: Job, job: Job, jobs: int) -> str:
+    """`job 12 is ahead`, `job 12 and 3 more are ahead`."""
+    return (
+        f"{named(first, job)} and {jobs - 1:,} more are ahead"
+        if jobs > 1
+        else f"{named(first, job)} is ahead"
+    )
 
 
 def _stands_in(job: Job, claim: Claim) -> bool:
@@ -506,8 +580,9 @@ def _owed(tenant: str, owed_s: float) -> str:
 
 def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tuple[Reason, str]:
     """It is the next of all: what does the device do meanwhile?"""
-    busy = [(device, device.lease) for device in state.devices.values() if device.lease]
-    if not busy or free_devices(state, now_ns):
+    fit = [d for d in state.devices.values() if residency.takes(state, rules, d, claim.job.handler)]
+    busy = [(device, device.lease) for device in fit if device.lease]
+    if not busy or any(device.lease is None and usable(device, now_ns) for device in fit):
         return Reason.RESOURCES, "about to start"
     device, lease = min(busy, key=lambda pair: _strength(state, rules, pair[0], claim, now_ns))
     running = named(state.jobs[lease.job_id], claim.job)
@@ -524,7 +599,8 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     )
     if ahead_s >= 1 and lease.yield_why is None and lease.tenant != claim.job.tenant:
         return Reason.FAIR_SHARE, _owed(lease.tenant, ahead_s)
-    return Reason.RESOURCES, f"{device.name} runs {running}"
+    asked = ", which was asked to yield" if lease.yield_why is not None else ""
+    return Reason.RESOURCES, f"{device.name} runs {running}{asked}"
 
 
 # --- the order of all -------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@
     owner            the uid that submitted the job
     member           may submit as the job's tenant
     admin            root and the configured administrators
-    observer         follows every event, for monitoring, and nothing else
+    observer         sees every job and every event, for monitoring and notifying; nothing of what is in them
     anybody          whoever can reach the socket
 
 Rule 1: default deny. A verb that is not in the table is nobody's.
 Rule 2: members see each other's jobs, because they share a line and wait for one another, and a wait that cannot be
 seen cannot be understood. They neither read outputs nor touch the jobs: what is inside is between owner and daemon.
+An observer sees as much, and whom jobs tell of their ends, for he may be the notifier.
 Rule 3: to somebody without the right to see a job it does not exist: the same answer as for a number never given.
 Rule 4: what is finer than a verb (priority high, lifting an administrator's hold) is said in decide().
 """
@@ -33,7 +34,7 @@ class Relation(enum.Enum):
 
 R = Relation
 _ALL: Final = frozenset({R.ANYBODY})
-_SEE: Final = frozenset({R.OWNER, R.MEMBER, R.ADMIN})
+_SEE: Final = frozenset({R.OWNER, R.MEMBER, R.ADMIN, R.OBSERVER})
 _OWN: Final = frozenset({R.OWNER, R.ADMIN})
 
 RIGHTS: Final[dict[str, frozenset[Relation]]] = {
@@ -51,7 +52,8 @@ RIGHTS: Final[dict[str, frozenset[Relation]]] = {
     "show": _SEE,
     "wait": _SEE,
     "watch": _SEE,
-    "see_event": frozenset({R.OWNER, R.MEMBER, R.ADMIN, R.OBSERVER}),
+    "see_event": _SEE,
+    "see_notify": frozenset({R.OWNER, R.ADMIN, R.OBSERVER}),  # an address is not its tenant's business
     "output": _OWN,
     "log": _OWN,
     "cancel": _OWN,
@@ -61,6 +63,7 @@ RIGHTS: Final[dict[str, frozenset[Relation]]] = {
     "priority": _OWN,
     "first": _OWN,
     "rm": _OWN,
+    "attend": frozenset({R.ADMIN, R.OBSERVER}),
     # The queue as a whole.
     "queue": frozenset({R.ADMIN}),
 }

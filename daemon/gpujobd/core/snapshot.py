@@ -18,12 +18,15 @@ import msgspec
 
 from gpujobd.core.book import rebuild
 from gpujobd.core.model import (
+    NO_ACCURACY,
     NO_DEATHS,
     NO_PARAMS,
+    Accuracy,
     Arrivals,
     Device,
     Job,
     Learned,
+    Notifier,
     Removal,
     Reservation,
     State,
@@ -60,6 +63,8 @@ class House(Piece, frozen=True, tag="house"):
     stopping: bool
     store_id: str
     arrivals: Arrivals = msgspec.field(default_factory=Arrivals)
+    notifier: Notifier | None = None
+    accuracy: Accuracy = NO_ACCURACY
 
 
 class Tenants(Piece, frozen=True, tag="tenants"):
@@ -116,6 +121,8 @@ def _house(state: State) -> House:
         stopping=state.stopping,
         store_id=state.store_id,
         arrivals=state.arrivals,
+        notifier=state.notifier,
+        accuracy=state.accuracy,
     )
 
 
@@ -193,6 +200,8 @@ def _state(house: House) -> State:
         stopping=house.stopping,
         store_id=house.store_id,
         arrivals=house.arrivals,
+        notifier=house.notifier,
+        accuracy=house.accuracy,
     )
 
 
