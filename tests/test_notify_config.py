@@ -106,6 +106,8 @@ def test_who_may_name_what(tmp_path, credentials):
             "[mail]\nsecurity = 'none'\nuser = 'x'\npassword_secret = 'p'\n",
             "mail.security: a password is not sent",
         ),
+        ("[webhooks]\nca_file = '/dev/null'\n", "line 2: webhooks.ca_file: /dev/null has no certificates"),
+        ("[mail]\nca_file = '/nowhere'\n", "line 2: mail.ca_file"),
         ("[mail]\nsender = 'x\\r\\nBcc: y'\n", "line 2: mail.sender"),
         (
             "[targets]\nallow_networks = ['10.0.0.1/8']\n",

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from gpujobd_notify import follower
 from harness import ROOT, until
 from notify_house import TARGETS, FarWeb, NotifyHost, fake_past
 
@@ -129,6 +130,10 @@ def test_jobs_from_before_the_notifier_are_told_from_then_on(tmp_path, past, web
 def test_a_reload_tells_the_daemon_what_can_be_reached_now(past, notifier, web):
     house = f'[endpoints.house]\nkind = "webhook"\nurl = "{web.url("/house")}"\nevery_job = true\n'
     past.submit(1)
+    past.submit(5)
+    past.run(5)
+    with notifier.client() as client:
+        until(lambda: client.ask_seq() >= past.seq, "what was before")
     notifier.configure(f'{TARGETS}\n{house}allow_networks = ["127.0.0.0/8"]\n')
     notifier.process.send_signal(signal.SIGHUP)
     until(lambda: len(past.attended) == 2, "it to attend anew")
@@ -141,6 +146,7 @@ def test_a_reload_tells_the_daemon_what_can_be_reached_now(past, notifier, web):
     past.submit(2)
     past.run(2)
     wait_for(web, (2, "finish"))
+    assert web.facts() == {(1, "finish"), (2, "finish")}, "what was over before is not told"
 
 
 def test_ill_devices_are_told_to_who_listens_for_them(tmp_path, past, web):
@@ -208,7 +214,11 @@ def story(past, web, dice, jobs):
 def impatient(notifier, tmp_path, place="", call=1):
     """It tries again at once, and dies at that place, if there is one, while `fuse` is there."""
     plan, fuse = tmp_path / "plan", tmp_path / "fuse"
-    waits = {"gpujobd_notify.schedule.WAITS_S": [0.05] * 50, "gpujobd_notify.breaker.FAILURES_MAX": 1000}
+    waits = {
+        "gpujobd_notify.schedule.WAITS_S": [0.05] * 50,
+        "gpujobd_notify.breaker.FAILURES_MAX": 1000,
+        "gpujobd_notify.follower.KNOWN_MAX": 2,  # so that what is in memory is forgotten and read again
+    }
     death = {"at": f"gpujobd_notify.{place}", "call": call, "fuse": str(fuse)} if place else {}
     plan.write_text(json.dumps({"constants": waits} | death))
     program = ROOT / "tests" / "faults" / "mortal.py"
@@ -285,3 +295,14 @@ def test_kills_of_either_at_random_moments_lose_nothing_and_invent_nothing(tmp_p
             until(lambda: not client.notifications(states=["pending"]), "all of it")
     assert web.facts() == wanted
     assert_ids_are_of_facts(web)
+
+
+def test_a_daemon_that_was_stopped_while_systemd_listens_for_it_is_not_called(tmp_path):
+    units, unit = tmp_path / "units", tmp_path / "gpujobd.socket"
+    assert not follower.is_asleep(units, [unit])  # no systemd
+    units.mkdir()
+    assert not follower.is_asleep(units, [unit])  # nobody listens
+    unit.touch()
+    assert follower.is_asleep(units, [tmp_path / "none", unit])
+    (units / "invocation:gpujobd.service").symlink_to("0123")
+    assert not follower.is_asleep(units, [unit])

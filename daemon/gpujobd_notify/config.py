@@ -21,6 +21,7 @@ import enum
 import ipaddress
 import os
 import re
+import ssl
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -201,6 +202,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         raise wrong(where, "endpoints", f"{len(file.endpoints)} endpoints, at most {ENDPOINTS_MAX}")
     secrets: dict[str, bytes] = {}
     _check_networks(where, "targets.allow_networks", file.targets.allow_networks)
+    _check_authorities(where, "webhooks.ca_file", file.webhooks.ca_file)
     _check_mail(where, file.mail, secrets, environ)
     for name, endpoint in file.endpoints.items():
         _check_endpoint(where, f"endpoints.{name}", endpoint, file, secrets, environ)
@@ -222,7 +224,7 @@ def _check_mail(path: Path, mail: Mail, secrets: dict[str, bytes], environ: Mapp
         raise wrong(path, "mail.user", "user and password_secret belong together")
     if mail.user and mail.security is Security.NONE:
         raise wrong(path, "mail.security", "a password is not sent without TLS")
-    _check_file(path, "mail.ca_file", mail.ca_file)
+    _check_authorities(path, "mail.ca_file", mail.ca_file)
     if mail.password_secret:
         secrets[mail.password_secret] = secret(path, "mail.password_secret", mail.password_secret, environ)
 
@@ -288,9 +290,13 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _check_file(path: Path, key: str, name: str) -> None:
-    if name and not os.access(name, os.R_OK):
-        raise wrong(path, key, f"{name} cannot be read")
+def _check_authorities(path: Path, key: str, name: str) -> None:
+    if not name:
+        return
+    try:
+        ssl.create_default_context().load_verify_locations(name)
+    except OSError as error:
+        raise wrong(path, key, f"{name} has no certificates: {error.strerror or error}") from None
 
 
 def secret(path: Path, key: str, name: str, environ: Mapping[str, str]) -> bytes:

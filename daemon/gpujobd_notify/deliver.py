@@ -142,25 +142,22 @@ class Deliveries:
 
     def _far(self, name: str) -> Far | None:
         """None: it is not in the configuration (any more). What waits for it waits on, until it is, or is given up."""
-        far = self._fars.get(name)
-        if far is not None:
-            return far
-        file, endpoint = self._config.file, self._config.file.endpoints.get(name)
-        match endpoint:
-            case WebhookEndpoint() | HookEndpoint() | MailEndpoint():
-                far = Far(
-                    name,
-                    endpoint,
-                    endpoint.in_flight_max or self._places(endpoint),
-                    self._timeout_s(endpoint),
-                )
-            case None if name == MAILTO and self._mail is not None:
-                far = Far(name, None, file.mail.in_flight_max, file.mail.timeout_s)
-            case None if "://" in name:
-                far = Far(name, None, file.webhooks.in_flight_max, file.webhooks.timeout_s)
+        far = self._fars.get(name) or self._made(name)
         if far is not None:
             self._fars[name] = far
         return far
+
+    def _made(self, name: str) -> Far | None:
+        file, endpoint = self._config.file, self._config.file.endpoints.get(name)
+        match endpoint:
+            case WebhookEndpoint() | HookEndpoint() | MailEndpoint():
+                places = endpoint.in_flight_max or self._places(endpoint)
+                return Far(name, endpoint, places, self._timeout_s(endpoint))
+            case None if name == MAILTO and self._mail is not None:
+                return Far(name, None, file.mail.in_flight_max, file.mail.timeout_s)
+            case None if "://" in name:
+                return Far(name, None, file.webhooks.in_flight_max, file.webhooks.timeout_s)
+        return None
 
     def _places(self, endpoint: AnyEndpoint) -> int:
         file = self._config.file
@@ -376,7 +373,7 @@ class Deliveries:
         """Of the configuration, and of what is in use."""
         now, views = self._now(), []
         for name in sorted({*self._config.file.endpoints, *self._fars, *queued, *disabled} - {""}):
-            far = self._fars.get(name) or self._far(name)
+            far = self._fars.get(name) or self._made(name)
             if far is None:
                 continue
             position = far.breaker.position(now)

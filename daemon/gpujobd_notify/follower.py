@@ -25,6 +25,8 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -52,7 +54,10 @@ COMMIT_S: Final = 2.0  # the same, while nothing is: what a kill makes the next 
 BATCH_MAX: Final = 500  # postings in one commit
 KNOWN_MAX: Final = 20_000  # jobs in memory, those that nobody wants to hear of included
 
-ACTIVE_UNITS: Final = "/run/systemd/units"  # has a link invocation:UNIT for every unit that is active
+SYSTEMD_UNITS: Final = Path("/run/systemd/units")  # has a link invocation:UNIT for every service that runs
+SOCKET_UNITS: Final = tuple(
+    Path(folder, "gpujobd.socket") for folder in ("/usr/lib/systemd/system", "/etc/systemd/system")
+)
 
 OF_JOBS: Final = due.FINAL | {
     "leased",
@@ -155,12 +160,11 @@ async def connected(paths: Sequence[str]) -> AsyncIterator[Connection]:
         yield Connection(stream)
 
 
-def is_asleep() -> bool:
-    """Whether systemd listens for a daemon that does not run."""
-    listens, runs = (
-        os.path.lexists(f"{ACTIVE_UNITS}/invocation:gpujobd.{kind}") for kind in ("socket", "service")
-    )
-    return listens and not runs
+def is_asleep(units: Path = SYSTEMD_UNITS, sockets: Sequence[Path] = SOCKET_UNITS) -> bool:
+    """Whether systemd listens for a daemon that does not run: it tells of services that do, and sockets are files of it."""
+    if not units.is_dir() or os.path.lexists(units / "invocation:gpujobd.service"):
+        return False
+    return any(path.exists() for path in sockets)
 
 
 class Follower:
@@ -177,6 +181,7 @@ class Follower:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
+        self._ears: Ears = config.ears
         self._paths = paths
         self._asked = asked
         self._posting = posting
@@ -190,18 +195,16 @@ class Follower:
         self._written = Cursor(seq=0)
         self._commit_at = float("inf")
         self._behind = False  # events are missing: the jobs must be listed
+        self._relist = False  # all of them: somebody hears of every job from now on
         self._restored = False
         self._again = trio.CancelScope()
         self.state = "is looking for gpujobd"
 
-    @property
-    def _ears(self) -> Ears:
-        return self._config.ears
-
     def reload(self, config: Config) -> None:
         """The daemon is told anew what can be reached. Who now hears of every job needs to know those there are."""
-        self._behind = self._behind or {*config.ears} > {*self._ears}
-        self._config = config
+        self._relist = self._relist or bool({*config.ears} - {*self._ears})
+        self._behind = self._behind or self._relist
+        self._config, self._ears = config, config.ears
         self._again.cancel()
 
     @property
@@ -209,8 +212,9 @@ class Follower:
         """Of the newest event that is written down."""
         return self._written.seq
 
-    def forget_defaults(self, uid: int) -> None:
-        self._defaults.pop(uid, None)
+    def take_defaults(self, uid: int, notify: Sequence[str], on: Sequence[str]) -> None:
+        """Somebody has set his."""
+        self._defaults[uid] = tuple(notify), tuple(on)
 
     async def run(self) -> None:
         again_in_s = BACKOFF_FIRST_S
@@ -260,7 +264,7 @@ class Follower:
                     await self._start_over(connection)
                 elif self._behind:
                     await self._catch_up(connection)
-            self._behind = self._restored = False
+            self._behind = self._relist = self._restored = False
             await connection.follow(self._cursor.seq)
             await self._take_all(connection)
 
@@ -337,23 +341,28 @@ class Follower:
 
     async def _learn(self, events: list[tuple[int, Event]]) -> None:
         """Have in memory what is known of the jobs and owners in these events."""
-        wanted = {e["job"] for _, e in events if e["event"] in OF_JOBS and e["job"] not in self._known}
-        if wanted:
-            found = await self._asked(Store.records, wanted)
-            self._known.update({job: found.get(job) for job in wanted})
+        named = {event["job"] for _, event in events if event["event"] in OF_JOBS}
+        missing = named - self._known.keys()
+        if missing:
+            found = await self._asked(Store.records, missing)
+            self._known.update({job: found.get(job) for job in missing})
+        for job in named:
+            self._known.move_to_end(job)
+        if len(self._defaults) > KNOWN_MAX:
+            self._defaults.clear()
         for _, event in events:
             if event["event"] == "submitted" and not event.get("notify"):
                 await self._defaults_of(event["owner"])
-        while len(self._known) > KNOWN_MAX + len(events):
-            job, _ = self._known.popitem(last=False)
-            if job in self._changed:
-                self._known[job] = self._changed[job]  # not written yet
-                break
+        self._forget_oldest(KNOWN_MAX + len(named))
+
+    def _forget_oldest(self, most: int) -> None:
+        """Jobs that no event has named for long. What is not written yet stays: the outbox has an older record."""
+        for job in list(islice(self._known, max(0, len(self._known) - most))):
+            if job not in self._changed:
+                del self._known[job]
 
     async def _defaults_of(self, uid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if uid not in self._defaults:
-            if len(self._defaults) >= KNOWN_MAX:
-                self._defaults.clear()
             self._defaults[uid] = await self._asked(Store.defaults, uid)
         return self._defaults[uid]
 
@@ -379,9 +388,10 @@ class Follower:
         return bool(record.notify) or any(set(ear.on) != {due.DEVICE} for ear in self._ears)
 
     def _keep(self, job: int, record: Record | None) -> None:
-        self._known[job] = record
+        """A job that is over is not kept: nothing comes after it."""
+        self._known[job] = None if record is None or record.over else record
         if record is not None:
-            self._changed[job] = record
+            self._changed[job] = self._known[job]
 
     async def _commit(self) -> None:
         """Write all that was gathered. A cancellation comes before or after, not in between."""
@@ -404,12 +414,12 @@ class Follower:
         seq = 0
         async for page in self._pages(connection, 0):
             seq = seq or page.seq
-            for job, record in await self._records_of(page.jobs):
+            for job, record, _ in await self._records_of(page.jobs):
                 self._keep_if_wanted(due.already(record, job))
         await self._arrive(seq)
 
     def _keep_if_wanted(self, record: Record) -> None:
-        if self._wanted(record):
+        if self._wanted(record) and not record.over:
             self._keep(record.job, record)
 
     async def _start_over(self, connection: Connection) -> None:
@@ -424,20 +434,23 @@ class Follower:
         seq = 0
         async for page in self._pages(connection, 0):
             seq = seq or page.seq
-            for job, record in await self._records_of(page.jobs):
+            for job, record, _ in await self._records_of(page.jobs):
                 fresh = due.already(record, job) if _is_older(job, before.at) else record
                 self._derive(fresh, job, page.seq)
         await self._arrive(seq)
 
     async def _catch_up(self, connection: Connection) -> None:
-        """Events are missing: what is due from the present state of all that has changed."""
-        seq, seen = 0, set[int]()
-        changed_since = self._cursor.seq if not self._ears else 0
-        async for page in self._pages(connection, changed_since):
+        """Events are missing, or somebody hears of all jobs from now on: what is due from the state of those that changed.
+
+        Of one that nobody wanted to hear of, what was before the cursor is not told.
+        """
+        seq, seen, before = 0, set[int](), self._cursor.at
+        async for page in self._pages(connection, 0 if self._relist else self._cursor.seq):
             seq = seq or page.seq
-            for job, record in await self._records_of(page.jobs):
+            for job, record, kept in await self._records_of(page.jobs):
                 seen.add(job.id)
-                self._derive(record, job, page.seq)
+                told = due.already(record, job) if not kept and _is_older(job, before) else record
+                self._derive(told, job, page.seq)
             await self._write_some()
         for record in await self._asked(Store.open_jobs):
             if record.job not in seen and await self._is_gone(connection, record.job):
@@ -456,7 +469,7 @@ class Follower:
         await self._commit()
 
     def _derive(self, record: Record, job: p.Job, seq: int) -> None:
-        if self._wanted(record):
+        if self._wanted(record) and not record.over:
             self._told(due.caught_up(record, job, seq, self._moment(), self._ears))
 
     def _told(self, told: due.Told) -> None:
@@ -476,8 +489,8 @@ class Follower:
             if not after:
                 return
 
-    async def _records_of(self, jobs: list[p.Job]) -> list[tuple[p.Job, Record]]:
-        """Each with its record: the one that is kept, or what the job itself says."""
+    async def _records_of(self, jobs: list[p.Job]) -> list[tuple[p.Job, Record, bool]]:
+        """Each with its record: the one that is kept, or (False) what the job itself says."""
         kept = await self._asked(Store.records, [job.id for job in jobs])
         uids = await trio.to_thread.run_sync(_uids, {job.owner for job in jobs if job.id not in kept})
         found = []
@@ -486,7 +499,7 @@ class Follower:
             if record is None:
                 uid = uids[job.owner]
                 record = due.known(job, uid, ((), ()) if job.notify else await self._defaults_of(uid))
-            found.append((job, record))
+            found.append((job, record, job.id in kept))
         return found
 
     async def _is_gone(self, connection: Connection, job: int) -> bool:

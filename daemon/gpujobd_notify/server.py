@@ -230,7 +230,7 @@ class Server:
         if request.set:
             self._check(request, admin=admin)
             await self._asked(Store.set_defaults, uid, request.notify, request.notify_on)
-            self._follower.forget_defaults(uid)
+            self._follower.take_defaults(uid, request.notify, request.notify_on)
         notify, on = await self._asked(Store.defaults, uid)
         return p.Defaults(id=request.id, notify=list(notify), notify_on=list(on))
 

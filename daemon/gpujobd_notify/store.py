@@ -1,7 +1,7 @@
 """What outlives a kill: the cursor, the jobs somebody wants to hear of, and the outbox. One SQLite file.
 
     meta       cursor, the event it stands at, epoch: how much of the daemon's past was seen
-    jobs       the Record of each job, as far as it was told
+    jobs       the Record of each job that is not over, as far as it was told
     outbox     what is due, and what became of it: pending -> delivered | failed | muted
     defaults, mutes, disabled     what people set, and what a far end did (410)
 
@@ -38,7 +38,7 @@ ERROR_CHARS_MAX: Final = 500
 
 SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE jobs (job INTEGER PRIMARY KEY, over INTEGER NOT NULL, record BLOB NOT NULL);
+CREATE TABLE jobs (job INTEGER PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE outbox (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -135,7 +135,7 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     """What one commit writes."""
 
     cursor: Cursor
-    records: dict[int, Record | None]  # None: the job was removed
+    records: dict[int, Record | None]  # None: nothing comes of it any more
     postings: list[Posting]
     now: float
 
@@ -214,6 +214,8 @@ class Store:
                 self._put_record(job, record)
             pending: dict[int, int] = {}
             new = sum(self._post(posting, book.cursor.epoch, book.now, pending) for posting in book.postings)
+            ended = [(job,) for job, record in book.records.items() if record is None]
+            self._db.executemany("DELETE FROM mutes WHERE job = ?", ended)
             value = msgspec.msgpack.encode(book.cursor)
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('cursor', ?)", (value,))
         return new
@@ -222,8 +224,9 @@ class Store:
         if record is None:
             self._db.execute("DELETE FROM jobs WHERE job = ?", (job,))
         else:
-            values = job, record.over, msgspec.msgpack.encode(record)
-            self._db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", values)
+            self._db.execute(
+                "INSERT OR REPLACE INTO jobs VALUES (?, ?)", (job, msgspec.msgpack.encode(record))
+            )
 
     def _post(self, posting: Posting, epoch: int, now: float, pending: dict[int, int]) -> int:
         due, story = posting.due, posting.due.story
@@ -286,7 +289,7 @@ class Store:
 
     def open_jobs(self) -> list[Record]:
         """Jobs whose end was not told."""
-        rows = self._db.execute("SELECT record FROM jobs WHERE NOT over").fetchall()
+        rows = self._db.execute("SELECT record FROM jobs").fetchall()
         return [msgspec.msgpack.decode(row[0], type=Record) for row in rows]
 
     def forget_jobs(self) -> None:
@@ -371,6 +374,7 @@ class Store:
     def tidy(self, now: float, keep_s: float, give_up_s: float) -> int:
         """Give up what is too old, delete what is over for long enough; how much was deleted."""
         with self._transaction():
+            self._db.execute("DELETE FROM disabled WHERE at < ? AND instr(endpoint, '://')", (now - keep_s,))
             self._db.execute(
                 "UPDATE outbox SET state = 'failed', over_at = ?, error = 'given up: ' || error"
                 " WHERE state = 'pending' AND created_at < ?",

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from gpujobd.core import book, events
+from gpujobd.core import book, events, residency
 from gpujobd.core.model import (
     ELSEWHERE_WHY,
     NO_DEATHS,
@@ -555,7 +555,7 @@ def _enter_well(device: Device, at_ns: int) -> None:
     if device.room_bytes < 0:
         _enter(device, DeviceState.OK, "", "", at_ns)
     else:
-        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, "", at_ns)
+        _enter(device, DeviceState.BUSY_ELSEWHERE, ELSEWHERE_WHY, residency.left(device), at_ns)
 
 
 def _lease_of(state: State, job: Job) -> Lease | None:

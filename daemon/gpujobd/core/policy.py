@@ -137,10 +137,13 @@ def shut_out(state: State, rules: Rules, now_ns: int) -> dict[str, tuple[Reason,
 
 
 def _shut_reason(devices: list[Device]) -> tuple[Reason, str]:
+    """For everybody's eyes: what an unhealthy device is told to have may be a worker's words, which quote an item."""
     crowded = [device for device in devices if device.state is not DeviceState.DRIVER_MISMATCH]
-    first = (crowded or devices)[0]
-    detail = f"{first.name}: {first.reason_detail or first.reason}"
-    return Reason.DEVICE_BUSY_ELSEWHERE if crowded else Reason.DEVICE_UNHEALTHY, detail
+    if not crowded:
+        return Reason.DEVICE_UNHEALTHY, f"{devices[0].name}: {devices[0].reason_detail or devices[0].reason}"
+    first = crowded[0]
+    told = first.reason_detail if first.state is DeviceState.BUSY_ELSEWHERE else ""
+    return Reason.DEVICE_BUSY_ELSEWHERE, f"{first.name}: {told or residency.left(first)}"
 
 
 class _Look:
