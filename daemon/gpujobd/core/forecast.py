@@ -28,7 +28,7 @@ from typing import Final
 
 import msgspec
 
-from gpujobd.core import policy, residency
+from gpujobd.core import book, policy, residency
 from gpujobd.core.ahead import Doubt, Line, Rest, Server
 from gpujobd.core.fluid import Fluid
 from gpujobd.core.model import Device, DeviceState, Job, JobState, Priority, Rules, State
@@ -140,7 +140,7 @@ class Ahead:
             known = self.state.tenants.get(tenant)
             vtime_ns: float = known.vtimes_ns[level] if known else 0
             if self.state.book.present.get(tenant, (0, 0, 0))[level] == 0:
-                vtime_ns = max(vtime_ns, policy.floor_ns(self.state, level))
+                vtime_ns = max(vtime_ns, book.start_ns(self.state, level))
             line = self.lines[tenant, level] = Line(tenant, level, self.rules.share(tenant), vtime_ns)
         return line
 
