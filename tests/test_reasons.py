@@ -9,7 +9,7 @@ import pytest
 from core_floor import Floor
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House
 from gpujobd.core import inputs, policy
-from gpujobd.core.model import S_NS, DeviceState, Priority, Reason, Rules
+from gpujobd.core.model import S_NS, Priority, Reason, Rules
 
 LONG = 40_000  # items: more than an hour of work
 
@@ -165,7 +165,22 @@ def no_device() -> tuple[House, int]:
 
 def device_busy_elsewhere() -> tuple[House, int]:
     house = House(rules(), devices=("cuda:0",))
-    house.state.devices["cuda:0"].state = DeviceState.BUSY_ELSEWHERE
+    detail = "other processes hold 80.0 GiB of 80.0 GiB"
+    house.give(inputs.DeviceSeen(device="cuda:0", room_bytes=0, total_bytes=80 << 30, detail=detail))
+    return house, house.submit()
+
+
+def device_both_ill_and_busy_elsewhere() -> tuple[House, int]:
+    """On trial, with words of a worker that quote an item."""
+    house, job_id = device_busy_elsewhere()
+    house.give(inputs.Unkillable(device="cuda:0", detail="a secret of somebody"))
+    house.wait(3600)
+    return house, job_id
+
+
+def driver_replaced() -> tuple[House, int]:
+    house = House(rules(), devices=("cuda:0",))
+    house.give(inputs.DeviceSeen(device="cuda:0", trouble="DriverMismatch", detail="version mismatch"))
     return house, house.submit()
 
 
@@ -216,7 +231,17 @@ STORIES: Final[list[tuple[Story, Reason, str]]] = [
     (disk_full, Reason.DISK_FULL, "no space left in the spool"),
     (device_unhealthy, Reason.DEVICE_UNHEALTHY, "cpu: WorkerUnkillable, next try in 60 s"),
     (no_device, Reason.DEVICE_UNHEALTHY, "there is no device"),
-    (device_busy_elsewhere, Reason.DEVICE_BUSY_ELSEWHERE, "cuda:0 is used by something else"),
+    (
+        device_busy_elsewhere,
+        Reason.DEVICE_BUSY_ELSEWHERE,
+        "cuda:0: other processes hold 80.0 GiB of 80.0 GiB",
+    ),
+    (
+        device_both_ill_and_busy_elsewhere,
+        Reason.DEVICE_BUSY_ELSEWHERE,
+        "cuda:0: other processes leave 0.0 GiB",
+    ),
+    (driver_replaced, Reason.DEVICE_UNHEALTHY, "cuda:0: version mismatch"),
     (crash_loop, Reason.CRASH_LOOP, "running at 3 unclean stops in a row, each time after line 1"),
     (output_damaged, Reason.OUTPUT_DAMAGED, "results.jsonl has 3 of 10 bytes"),
 ]

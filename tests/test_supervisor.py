@@ -225,6 +225,7 @@ async def test_lease_message_carries_all_a_worker_needs(tmp_path: Path) -> None:
                 "errors_crc": 0,
                 "done": 19,
                 "failed": 1,
+                "failure_codes": {},
             },
             "suspects": [[21, 30]],
             "condemned": [],

@@ -81,6 +81,7 @@ _jobctl() {
             arguments="@ list retry mute unmute defaults"
             ;;
         priority) options+=" --message" arguments="@ high normal low" ;;
+        tenants) options+=" --watch" ;;
         queue) options+=" --message" arguments="stop start disable enable drain" ;;
         completion) arguments="bash zsh fish" ;;
     esac

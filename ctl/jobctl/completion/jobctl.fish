@@ -80,3 +80,4 @@ complete -c jobctl -n '__fish_seen_subcommand_from queue' -a 'stop start disable
 complete -c jobctl -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'
 complete -c jobctl -n '__fish_seen_subcommand_from wait watch show output errors log cancel pause resume retry priority first rm' \
     -a @ -d 'My last job'
+complete -c jobctl -n '__fish_seen_subcommand_from tenants' -s w -l watch -d 'Stay, and show what changes'

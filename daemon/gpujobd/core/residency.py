@@ -39,6 +39,10 @@ def gib(count: int) -> str:
     return f"{count / (1 << 30):.1f} GiB"
 
 
+def left(device: Device) -> str:
+    return f"other processes leave {gib(device.room_bytes)}"
+
+
 # --- who is let in ----------------------------------------------------------------------------------------------------
 
 
