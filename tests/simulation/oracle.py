@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 from core_house import bookkeeping, check_bookkeeping
 from gpujobd import protocol
-from gpujobd.core import events, policy, snapshot
+from gpujobd.core import events, policy, residency, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.leases import BACKOFF_MAX_NS, ILL_MAX_NS
 from gpujobd.core.model import FINAL, S_NS, Job, JobState, Priority, Rules, State, YieldWhy
@@ -278,7 +278,7 @@ class Oracle:
         now_s = self._now_s()
         if policy.may_start(head) and (free := policy.free_devices(head, now_ns)):
             claims = policy.survey(head, rules, now_ns).claims
-            taken = [c for d in free for c in policy.claims_on(head, rules, d, claims, now_ns)]
+            taken = [c for d in free for c in claims if residency.takes(head, rules, d, c.job.handler)]
             assert not taken, f"a device is idle and job {taken[0].job.job_id} waits"
         self._check_leases(state, supervisor, now_s)
         self._check_limits(head, rules)

@@ -92,21 +92,18 @@ def forgets_what_was_asked_of_a_lease(patch: Patch) -> None:
 def serves_who_had_most(patch: Patch) -> None:
     def survey(*args: Any) -> policy.Survey:
         seen = real(*args)
-        return policy.Survey(seen.claims[::-1], seen.blocked)
+        return policy.Survey(seen.claims[::-1], seen.blocked, seen.held)
 
     real = policy.survey
     patch.setattr(policy, "survey", survey)
 
 
 def leaves_the_second_device_idle(patch: Patch) -> None:
-    patch.setattr(policy, "choose", _choose)
+    def free_devices(*args: Any) -> Any:
+        return [device for device in real(*args) if device.name == "cuda:0"]
 
-
-def _choose(state: Any, rules: Any, device: Any, claims: Any) -> Any:
-    return REAL_CHOOSE(state, rules, device, claims) if device.name == "cuda:0" else None
-
-
-REAL_CHOOSE = policy.choose
+    real = policy.free_devices
+    patch.setattr(policy, "free_devices", free_devices)
 
 
 def tells_systemd_that_all_is_well(patch: Patch) -> None:

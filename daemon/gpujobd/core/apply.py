@@ -34,6 +34,7 @@ from gpujobd.core.model import (
     Tenant,
     Timings,
     Turn,
+    YieldWhy,
 )
 
 NO_TIMINGS: Final = Timings()
@@ -419,6 +420,7 @@ def _progress(state: State, event: events.Progress) -> Job:
         learned = state.learned[job.handler]
         learned.vram_bytes = max(learned.vram_bytes, event.vram_bytes)
     if tried or new.upto > old.upto:
+        lease.got_on = True
         _got_on(job)
     if new.done > old.done:  # a failed item proves nothing about the device
         state.devices[lease.device].failed_jobs = ()
@@ -584,8 +586,13 @@ def _charge(state: State, job: Job, used_ns: int, vtime_ns: int) -> None:
 
 
 def _end_lease(state: State, job: Job, at_ns: int, to: JobState = S.QUEUED) -> None:
+    """Who had to give way before anything was tried has not been served: it goes on waiting since then."""
+    lease = _lease(state, job.job_id, job.attempt)
+    if lease.got_on or lease.yield_why is not YieldWhy.PRIORITY:
+        tenant = state.tenants[job.tenant]
+        tenant.served_at_ns = book.with_level(tenant.served_at_ns, job.priority, at_ns)
+        job.waited_ns = 0
     state.devices[job.device].lease = None
-    state.tenants[job.tenant].served_ns = at_ns
     book.move(state, job, to, at_ns)
 
 

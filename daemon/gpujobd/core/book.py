@@ -11,8 +11,9 @@
 Rule 1: apply() takes a job out of its place, changes it, and puts it into its new place: `move`.
 Rule 2: what is found on every turn of the daemon is O(1), what is changed is O(log n) and one memmove of pointers
 (100,000 jobs: 20 us). No entry is ever stale.
-Rule 3: a tenant that becomes present at a level starts there at the least virtual time of those who are present,
-or, if nobody is, at the last such time: idle time earns nothing.
+Rule 3: a tenant that becomes present at a level starts there beside the last of those who can have a device, or, if
+nobody is there, at the last such time: idle time earns nothing. With one device that is the least virtual time of all;
+with more, whoever has fewer jobs than devices lags behind without waiting, and is nobody to start beside.
 """
 
 from __future__ import annotations
@@ -260,12 +261,17 @@ def _shift_presence(state: State, name: str, was: Priority | None, now: Priority
 
 
 def _join(state: State, tenant: Tenant, level: Priority) -> None:
-    active = state.book.active[level]
-    floor = active[0][0] if active else state.vclocks_ns[level]
+    floor = start_ns(state, level)
     if tenant.vtimes_ns[level] < floor:
         tenant.vtimes_ns = with_level(tenant.vtimes_ns, level, floor)
-    insort(active, (tenant.vtimes_ns[level], tenant.name))
+    insort(state.book.active[level], (tenant.vtimes_ns[level], tenant.name))
     _advance_clock(state, level)
+
+
+def start_ns(state: State, level: Priority) -> int:
+    """The virtual time at which a newcomer to this level starts."""
+    active = state.book.active[level]
+    return active[min(len(active), max(1, len(state.devices))) - 1][0] if active else state.vclocks_ns[level]
 
 
 def charge(state: State, tenant: Tenant, level: Priority, vtime_ns: int) -> None:

@@ -28,7 +28,7 @@ from typing import Final
 
 import msgspec
 
-from gpujobd.core import policy, residency
+from gpujobd.core import book, policy, residency
 from gpujobd.core.ahead import Doubt, Line, Rest, Server
 from gpujobd.core.fluid import Fluid
 from gpujobd.core.model import Device, DeviceState, Job, JobState, Priority, Rules, State
@@ -82,10 +82,12 @@ class Ahead:
         )  # by level: handler wanted next -> lines
         self.offers = 0  # keeps two entries from being compared by their lines
         self.slice_ns = policy.slice_ns(state, rules)  # looked at now and then
+        self.startable = rules.handlers.keys() - policy.shut_out(state, rules, now_ns).keys()
         self.copies = [
             (name, level, handler, list(line))
             for name, lines in state.book.lines.items()
             for (level, handler), line in lines.items()
+            if handler in self.startable
         ]
         self.stamps = list(state.book.asleep)
         self.asleep: list[tuple[int, int, Job]] = []
@@ -101,8 +103,6 @@ class Ahead:
         wake = {name: learned.retry_at_ns for name, learned in self.learned.items()}
         standing: dict[tuple[str, Priority], list[list[Job]]] = {}
         for at, (name, level, handler, jobs) in enumerate(self.copies):
-            if handler not in self.rules.handlers:
-                continue
             if wake[handler] > self.now_ns:
                 self.asleep += [(wake[handler], job.job_id, job) for job in jobs]
             else:
@@ -111,7 +111,7 @@ class Ahead:
                 yield
         for at, stamp in enumerate(self.stamps):
             job = self.state.jobs.get(stamp[1])
-            if job is not None and job.handler in self.rules.handlers:
+            if job is not None and job.handler in self.startable:
                 self.asleep.append((stamp[0], job.job_id, job))
             if at % (20 * STEP) == 0:
                 yield
@@ -126,7 +126,7 @@ class Ahead:
 
     def _add_extra(self, standing: dict[tuple[str, Priority], list[list[Job]]], wake: dict[str, int]) -> None:
         job = self.extra
-        if job is None or job.handler not in self.rules.handlers:
+        if job is None or job.handler not in self.startable:
             return
         wake_ns = max(job.wake_ns, wake.get(job.handler, 0))
         if wake_ns > self.now_ns:
@@ -140,7 +140,7 @@ class Ahead:
             known = self.state.tenants.get(tenant)
             vtime_ns: float = known.vtimes_ns[level] if known else 0
             if self.state.book.present.get(tenant, (0, 0, 0))[level] == 0:
-                vtime_ns = max(vtime_ns, policy.floor_ns(self.state, level))
+                vtime_ns = max(vtime_ns, book.start_ns(self.state, level))
             line = self.lines[tenant, level] = Line(tenant, level, self.rules.share(tenant), vtime_ns)
         return line
 

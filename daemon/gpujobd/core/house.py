@@ -166,15 +166,9 @@ def tick(state: State, rules: Rules, now_ns: int) -> Events:
         return due
     if not policy.worth_a_look(state, rules, now_ns):
         return []
-    claims = policy.survey(state, rules, now_ns).claims
-    if not claims:
-        return []
-    for device in policy.free_devices(state, now_ns):
-        theirs = policy.claims_on(state, rules, device, claims, now_ns)
-        chosen = policy.choose(state, rules, device, theirs)
-        if chosen is not None:
-            return [_leased(state, rules, device, *chosen, now_ns)]
-    return _yield(state, rules, claims, now_ns)
+    seen = policy.survey(state, rules, now_ns)
+    start = policy.next_start(state, rules, seen.claims, now_ns)
+    return [_leased(state, rules, *start, now_ns)] if start else _yield(state, rules, seen, now_ns)
 
 
 def _overdue(state: State, now_ns: int) -> Events:
@@ -218,13 +212,13 @@ def _leased(
         job_id=job.job_id,
         attempt=job.attempt + 1,
         level=claim.level,
-        turn_ns=policy.slice_ns(state, rules) if new_turn else 0,
+        turn_ns=policy.turn_ns(state, rules, job.tenant) if new_turn else 0,
         canary=testing and canary_line(job) > 0,
     )
 
 
-def _yield(state: State, rules: Rules, claims: list[policy.Claim], now_ns: int) -> Events:
-    due = policy.due_yield(state, rules, claims, now_ns)
+def _yield(state: State, rules: Rules, seen: policy.Survey, now_ns: int) -> Events:
+    due = policy.due_yield(state, rules, seen, now_ns)
     if due is None:
         return []
     device, claim, why = due

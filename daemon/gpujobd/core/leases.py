@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from gpujobd.core import events
+from gpujobd.core import book, events
 from gpujobd.core.inputs import (
     CanaryOk,
     CheckpointReached,
@@ -91,10 +91,18 @@ def lease_of(state: State, given: Report) -> Lease | None:
     return lease if lease is not None and lease.attempt == given.attempt else None
 
 
-def _charged(rules: Rules, lease: Lease, given: Report) -> tuple[int, int]:
-    """Device time and virtual time that this report adds."""
+def _charged(state: State, rules: Rules, lease: Lease, given: Report) -> tuple[int, int]:
+    """Device time and virtual time that this report adds.
+
+    Who runs is never left behind by more than waiting can explain: with fewer jobs than devices it would save up a
+    credit without ever having waited, and lock the others out with it one day.
+    """
     used_ns = max(0, given.used_ns - lease.used_ns)
-    return used_ns, round(used_ns / rules.share(lease.tenant))
+    if not used_ns:
+        return 0, 0
+    lag_max_ns = rules.wait_max_ns / rules.least_share
+    behind_ns = book.start_ns(state, lease.level) - state.tenants[lease.tenant].vtimes_ns[lease.level]
+    return used_ns, max(round(used_ns / rules.share(lease.tenant)), round(behind_ns - lag_max_ns))
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------
@@ -122,14 +130,18 @@ def unloaded(state: State, given: Unloaded, now_ns: int) -> Events:
 
 
 def load_failed(state: State, rules: Rules, given: LoadFailed, now_ns: int) -> Events:
-    """The handler waits, whichever job it was; the fifth failure of one job in a row is the job's end."""
+    """The handler waits, whichever job it was; the fifth failure of one job in a row is the job's end.
+
+    It waits as long as the attempt took, at least: what fails slowly must not have the device most of the time.
+    """
     lease = lease_of(state, given)
     if lease is None:
         return []
     job = state.jobs[lease.job_id]
     learned = state.learned.get(lease.handler)
     failures = (learned.load_failures if learned else 0) + 1
-    used_ns, vtime_ns = _charged(rules, lease, given)
+    wait_ns = max(backoff_ns(failures, 2 * S_NS, BACKOFF_MAX_NS), min(given.used_ns, REST_MAX_NS))
+    used_ns, vtime_ns = _charged(state, rules, lease, given)
     error = given.error[:DETAIL_CHARS_MAX]
     failed = events.HandlerLoadFailed(
         at_ns=now_ns,
@@ -137,7 +149,7 @@ def load_failed(state: State, rules: Rules, given: LoadFailed, now_ns: int) -> E
         job_id=job.job_id,
         attempt=lease.attempt,
         error=error,
-        retry_at_ns=now_ns + backoff_ns(failures, 2 * S_NS, BACKOFF_MAX_NS),
+        retry_at_ns=now_ns + wait_ns,
         used_ns=used_ns,
         vtime_ns=vtime_ns,
     )
@@ -156,7 +168,7 @@ def checkpoint_reached(state: State, rules: Rules, given: CheckpointReached, now
     job = state.jobs[lease.job_id]
     if not _possible(job, given.checkpoint):
         return _lied(state, rules, lease, given, now_ns)
-    reached = _progress(events.Checkpointed, rules, lease, given, now_ns)
+    reached = _progress(events.Checkpointed, state, rules, lease, given, now_ns)
     return [reached, *_recovered(state, job, given, now_ns)]
 
 
@@ -170,7 +182,7 @@ def gave_back(state: State, rules: Rules, given: GaveBack, now_ns: int) -> Event
     if _all_tried(job, given.checkpoint):  # it was asked too late: there is nothing left to give back
         return finished(state, rules, given, now_ns)
     recovered = _recovered(state, job, given, now_ns)
-    back = _progress(events.Yielded, rules, lease, given, now_ns)
+    back = _progress(events.Yielded, state, rules, lease, given, now_ns)
     if _too_many_failed(job, given.checkpoint):
         return [*recovered, back, _failures_max(job, given.checkpoint, now_ns)]
     if given.cramped_bytes >= 0:
@@ -196,9 +208,9 @@ def finished(state: State, rules: Rules, given: Finished | GaveBack, now_ns: int
         return _lied(state, rules, lease, given, now_ns)
     recovered = _recovered(state, job, given, now_ns)
     if _too_many_failed(job, point):
-        back = _progress(events.Yielded, rules, lease, given, now_ns)
+        back = _progress(events.Yielded, state, rules, lease, given, now_ns)
         return [*recovered, back, _failures_max(job, point, now_ns)]
-    return [*recovered, _progress(events.Completed, rules, lease, given, now_ns)]
+    return [*recovered, _progress(events.Completed, state, rules, lease, given, now_ns)]
 
 
 def _all_tried(job: Job, point: Checkpoint) -> bool:
@@ -251,8 +263,8 @@ def _plausible(timings: Timings) -> Timings:
     return timings if all(0.0 <= stage_s <= STAGE_S_MAX for stage_s in stages) else Timings()
 
 
-def _progress(kind: type[Kind], rules: Rules, lease: Lease, given: Work, now_ns: int) -> Kind:
-    used_ns, vtime_ns = _charged(rules, lease, given)
+def _progress(kind: type[Kind], state: State, rules: Rules, lease: Lease, given: Work, now_ns: int) -> Kind:
+    used_ns, vtime_ns = _charged(state, rules, lease, given)
     return kind(
         at_ns=now_ns,
         job_id=lease.job_id,
@@ -299,15 +311,15 @@ def lost(state: State, rules: Rules, given: Lost, now_ns: int) -> Events:
     match cause:
         case "disk_full":
             filled = events.DiskFilled(at_ns=now_ns, detail=given.detail[:DETAIL_CHARS_MAX])
-            return [_ended(rules, lease, given, now_ns), filled, *_asked(job, lease, now_ns)]
+            return [_ended(state, rules, lease, given, now_ns), filled, *_asked(job, lease, now_ns)]
         case "output_damaged":
-            return [_ended(rules, lease, given, now_ns), *_damaged(job, lease, given, now_ns)]
+            return [_ended(state, rules, lease, given, now_ns), *_damaged(job, lease, given, now_ns)]
         case "failures_max":
             detail = given.detail[:DETAIL_CHARS_MAX]
-            ended = _ended(rules, lease, given, now_ns)
+            ended = _ended(state, rules, lease, given, now_ns)
             return [ended, _failed(job, Reason.FAILURES_MAX, detail, now_ns)]
         case "input_lost":
-            ended = _ended(rules, lease, given, now_ns)
+            ended = _ended(state, rules, lease, given, now_ns)
             return [ended, _failed(job, Reason.INPUT_LOST, given.detail[:DETAIL_CHARS_MAX], now_ns)]
     # A worker that dies before it reported its canary died of it, whatever it says.
     if lease.canary and lease.loaded:
@@ -332,6 +344,7 @@ def _died(state: State, rules: Rules, lease: Lease, given: Lost, now_ns: int) ->
     guilty = blamed and job.deaths.get(blamed, 0) + 1 >= DEATHS_MAX
     testable = guilty and canary_line(job, blamed)
     ended = _ended(
+        state,
         rules,
         lease,
         given,
@@ -385,6 +398,7 @@ def _canary_failed(state: State, rules: Rules, lease: Lease, given: Lost, now_ns
     job, device = state.jobs[lease.job_id], state.devices[given.device]
     ill = fell_ill(device, "CanaryFailed", given.detail, now_ns)
     ended = _ended(
+        state,
         rules,
         lease,
         given,
@@ -408,6 +422,7 @@ def fell_ill(device: Device, reason: str, detail: str, now_ns: int) -> events.De
 
 
 def _ended(
+    state: State,
     rules: Rules,
     lease: Lease,
     given: Lost,
@@ -420,7 +435,7 @@ def _ended(
     condemned: tuple[int, ...] = (),
     retry_at_ns: int = 0,
 ) -> events.LeaseLost:
-    used_ns, vtime_ns = _charged(rules, lease, given)
+    used_ns, vtime_ns = _charged(state, rules, lease, given)
     return events.LeaseLost(
         at_ns=now_ns,
         job_id=lease.job_id,

@@ -95,6 +95,7 @@ class Reason(enum.StrEnum):
     DEVICE_BUSY_ELSEWHERE = "DeviceBusyElsewhere"
     CRASH_LOOP = "CrashLoop"
     OUTPUT_DAMAGED = "OutputDamaged"
+    RUNNING_DEVICES_MAX = "RunningDevicesMax"
     # Of failed jobs only; a job can fail with HandlerFailing, too.
     FAILURES_MAX = "FailuresMax"
     INPUT_LOST = "InputLost"
@@ -270,8 +271,8 @@ class Job(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     worked_ns: int = 0  # what of that went into items, not into loading
     timings: Timings = Timings()
     device: str = ""  # of the latest lease
-    queued_ns: int = 0  # since when it waits, moved back by earlier waits: aging adds up
-    waited_ns: int = 0  # waits that are over
+    queued_ns: int = 0  # since when it waits, moved back by the waits since it last got on
+    waited_ns: int = 0  # those waits, when they are over
     started_ns: int = 0  # of the first lease
     finished_ns: int = 0
     expected: Expected | None = (
@@ -315,6 +316,7 @@ class Lease(msgspec.Struct, kw_only=True):
     loading_ns: int = 0  # of the time still to be charged, what went into loading: not the items' price
     unpriced_ns: int = 0  # time charged since an item was last counted: belongs to the next ones
     loaded: bool = False  # the worker holds the handler and has the job
+    got_on: bool = False  # an item was tried
     canary: bool = False  # the worker recomputes a known line before anything else
     yield_why: YieldWhy | None = None
     yield_detail: str = ""
@@ -364,7 +366,7 @@ class Tenant(msgspec.Struct, kw_only=True):
     name: str
     vtimes_ns: tuple[int, int, int] = (0, 0, 0)  # by level: device time over share, no credit for idle time
     used_ns: int = 0  # device time ever charged
-    served_ns: int = 0  # when its latest lease ended
+    served_at_ns: tuple[int, int, int] = (0, 0, 0)  # by priority: when it last had a device
     accuracy: Accuracy = NO_ACCURACY
 
 
@@ -448,6 +450,7 @@ class TenantRule(msgspec.Struct, frozen=True, kw_only=True):
     queued_jobs_max: int | None = None  # queued + running + paused
     queued_items_max: int | None = None  # of these jobs, that still need a try
     spool_bytes_max: int | None = None  # inputs and outputs of all its jobs
+    running_devices_max: int | None = None  # devices it runs on at once
 
 
 class ParamRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -494,6 +497,11 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     def share(self, tenant: str) -> float:
         rule = self.tenants.get(tenant)
         return rule.share if rule else 1.0
+
+    @property
+    def least_share(self) -> float:
+        """No tenant has less."""
+        return min((rule.share for rule in self.tenants.values()), default=1.0)
 
 
 Line = list[Job]  # ready jobs of one tenant, level and handler, by line_key

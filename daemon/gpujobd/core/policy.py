@@ -1,20 +1,22 @@
 """Who runs next, for how long, and why somebody waits. Pure choices over the state; nothing here writes.
 
-A claim is a tenant's next job at one level: the head of its line. Claims are ordered by
+A claim is the head of one line: a tenant's next job for one handler at one priority. Claims are ordered by
 
-    1. level         high, normal, low; every `aging_s` of waiting lifts a job by one level
-    2. overdue       who got nothing for `wait_max_s` comes before who did, the longest wait first
-    3. virtual time  device time over share, per level; least first
-    4. waiting       who was not served for longest; then the earlier submission
+    1. level         high, normal, low; a tenant that got nothing at a priority for `aging_s` claims one level up
+    2. virtual time  device time over share, per level; least first
+    3. waiting       who was not served for longest; then the earlier submission
 
 Rule 1: a device that is free gets a job if any can run: no rule keeps it idle.
-Rule 2: a turn lasts `slice_s`, less with many tenants, and goes on over several jobs of its tenant. It ends for the
-next claim only, if that has no more virtual time than the tenant that runs: with nobody there it goes on.
+Rule 2: a turn lasts `slice_s`, less with many tenants or a smaller share, and goes on over several jobs of its tenant.
+It ends for the next claim only, if that has no more virtual time than the tenant that runs: with nobody there it goes
+on. While a handler loads no turn ends: what is begun would have to be done again.
 Rule 3: a claim that needs another handler waits until the device has been used for load time / `swap_overhead_max`
 since it last loaded one, so that loading takes at most that part of the time. Meanwhile only claims on loaded
-handlers go before it: each load waits for its own price and for no other. Only the absence of such work, a higher
-level, and being overdue beat this.
+handlers go before it, the tenant's own among them: each load waits for its own price and for no other. Only the
+absence of such work and a higher level beat this. To who got nothing for `wait_max_s` it is cheaper: loading may then
+take half of the time.
 Rule 4: a higher level is asked for at once, whatever the turn. More yields than there are claims are never asked for.
+Rule 5: a tenant on `running_devices_max` devices claims nothing but a device of its own that runs a lower level.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
-from itertools import chain
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Final
 
 import msgspec
 
-from gpujobd.core import residency
+from gpujobd.core import book, residency
 from gpujobd.core.leases import rests
 from gpujobd.core.model import (
     S_NS,
@@ -56,47 +58,58 @@ HOLDS: Final[dict[Reason, str]] = {
     Reason.DAEMON_STOPPING: "until gpujobd starts again, or somebody resumes it",
 }
 LINE_KEY: Final = attrgetter("line_key")
+OVERDUE_PART: Final = (
+    0.5  # of a device, that loading may take when all are overdue: as much is worked as is loaded
+)
 ITEM_GUESS_NS: Final = S_NS  # price of an item nothing is known about; orders jobs, never shown
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """A tenant's next job at one level, and how many of its jobs could run behind it."""
+    """The next job of one line, and how many could run with it."""
 
     level: Priority
-    overdue: bool
     vtime_ns: int
     waits_since_ns: int
+    overdue: bool  # for longer than `wait_max_s`
     job: Job
     jobs: int
 
-    def key(self) -> tuple[int, bool, int, int, int]:
-        vtime_ns = 0 if self.overdue else self.vtime_ns
-        return (-self.level, not self.overdue, vtime_ns, self.waits_since_ns, self.job.line_key)
+    def key(self) -> tuple[int, int, int, int]:
+        return (-self.level, self.vtime_ns, self.waits_since_ns, self.job.line_key)
 
 
 class Survey(msgspec.Struct, frozen=True):
-    """One look at everybody who waits: all claims, best first, and the handlers nobody can use now."""
+    """One look at everybody who waits: all claims, best first, and what keeps others from claiming."""
 
     claims: list[Claim]
     blocked: dict[str, str]  # handler -> why
+    held: list[Claim]  # of tenants that run on as many devices as they may
 
 
-def survey(state: State, rules: Rules, now_ns: int, device: Device | None = None) -> Survey:
-    """With a device: only what that one takes. Cost: the number of tenants in line, whatever the number of jobs."""
+def survey(state: State, rules: Rules, now_ns: int) -> Survey:
+    """Cost: the number of lines, whatever the number of jobs."""
     look = _Look(state, rules, now_ns)
-    if device is not None:
-        refused = (name for name in rules.handlers if not residency.takes(state, rules, device, name))
-        look.blocked |= dict.fromkeys(refused, f"{device.name} does not take it")
-    found: list[Claim] = []
-    for lines in state.book.lines.values():
-        if len(lines) == 1:
-            ((key, line),) = lines.items()
-            if key[1] not in look.blocked:
-                found.append(look.claim(_level(rules, key[0], line[0], now_ns), line, len(line)))
-        else:
-            found += look.claims_of(lines)
-    found.sort(key=Claim.key)
-    return Survey(found, look.blocked)
+    claims: list[Claim] = []
+    held: list[Claim] = []
+    for name, lines in state.book.lines.items():
+        (claims if devices_left(state, rules, name) > 0 else held).extend(look.claims_of(name, lines))
+    claims.sort(key=Claim.key)
+    held.sort(key=Claim.key)
+    return Survey(claims, look.blocked, held)
+
+
+def devices_left(state: State, rules: Rules, tenant: str) -> int:
+    """How many more devices this tenant may run on."""
+    rule = rules.tenants.get(tenant)
+    if rule is None or rule.running_devices_max is None:
+        return max(1, len(state.devices))
+    return rule.running_devices_max - devices_of(state, tenant)
+
+
+def devices_of(state: State, tenant: str) -> int:
+    return sum(
+        device.lease is not None and device.lease.tenant == tenant for device in state.devices.values()
+    )
 
 
 def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
@@ -141,56 +154,49 @@ class _Look:
         self.rules = rules
         self.now_ns = now_ns
         self.blocked = blocked_handlers(state, rules, now_ns)
-        self.served: set[str] = set()
-        self.promised_ns: dict[
-            tuple[str, Priority], int
-        ] = {}  # to what runs: until now, and a slice from now
+        self.runs: set[tuple[str, Priority]] = set()  # tenants, and the priorities of their jobs that run
+        self.promised_ns: dict[tuple[str, Priority], int] = {}  # to what runs: until now, and a turn from now
         for device in state.devices.values():
             if (lease := device.lease) is not None:
-                self.served.add(lease.tenant)
+                self.runs.add((lease.tenant, state.jobs[lease.job_id].priority))
                 key = (lease.tenant, lease.level)
-                more_ns = uncharged_ns(lease, now_ns) + slice_ns(state, rules)
+                more_ns = uncharged_ns(lease, now_ns) + turn_ns(state, rules, lease.tenant)
                 self.promised_ns[key] = self.promised_ns.get(key, 0) + more_ns
 
-    def claims_of(self, lines: dict[tuple[Priority, str], Line]) -> Iterator[Claim]:
-        """A tenant with several lines: its first job at each level, whatever the handler."""
-        first: dict[Priority, Line] = {}
-        jobs = [0, 0, 0]
-        for (base, handler), line in lines.items():
-            if handler in self.blocked:
-                continue
-            level = _level(self.rules, base, line[0], self.now_ns)
-            jobs[level] += len(line)
-            if level not in first or line[0].line_key < first[level][0].line_key:
-                first[level] = line
-        for level, line in first.items():
-            yield self.claim(level, line, jobs[level])
+    def claims_of(self, name: str, lines: dict[tuple[Priority, str], Line]) -> Iterator[Claim]:
+        """A claim a line. Those of one priority have waited together: the tenant is the one to be served."""
+        open_lines = [(key[0], line) for key, line in lines.items() if key[1] not in self.blocked]
+        open_lines.sort(key=_first_first)
+        since_ns: dict[Priority, int] = {}
+        for base, line in open_lines:
+            if base not in since_ns:
+                since_ns[base] = self._waits_since_ns(name, base, line[0])
+            yield self._claim(name, base, since_ns[base], line)
 
-    def claim(self, level: Priority, line: Line, jobs: int) -> Claim:
+    def _waits_since_ns(self, name: str, base: Priority, first: Job) -> int:
+        if (name, base) in self.runs:
+            return self.now_ns
+        return max(first.queued_ns, self.state.tenants[name].served_at_ns[base])
+
+    def _claim(self, name: str, base: Priority, since_ns: int, line: Line) -> Claim:
         """A tenant that runs elsewhere claims behind what it was promised there: devices go round, too."""
-        job = line[0]
-        tenant = self.state.tenants[job.tenant]
-        vtime_ns = tenant.vtimes_ns[level]
-        if (
-            level != job.priority
-        ):  # lifted by aging: a newcomer there, and by its long wait the first of equals
-            vtime_ns = max(vtime_ns, floor_ns(self.state, level))
-        if job.tenant in self.served:
-            promised_ns = self.promised_ns.get((job.tenant, level), 0)
-            vtime_ns += round(promised_ns / self.rules.share(job.tenant))
-        since_ns = max(job.queued_ns, tenant.served_ns)
-        overdue = self.now_ns - since_ns >= self.rules.wait_max_ns and job.tenant not in self.served
-        return Claim(level, overdue, vtime_ns, since_ns, job, jobs)
+        level = lifted(self.rules, base, self.now_ns - since_ns)
+        vtime_ns = self.state.tenants[name].vtimes_ns[level]
+        if level is not base:  # a newcomer there, and by its long wait the first of equals
+            vtime_ns = max(vtime_ns, book.start_ns(self.state, level))
+        promised_ns = self.promised_ns.get((name, level), 0)
+        if promised_ns:
+            vtime_ns += round(promised_ns / self.rules.share(name))
+        overdue = self.now_ns - since_ns >= self.rules.wait_max_ns
+        return Claim(level, vtime_ns, since_ns, overdue, line[0], len(line))
 
 
-def floor_ns(state: State, level: Priority) -> int:
-    """The virtual time at which a newcomer to this level starts."""
-    active = state.book.active[level]
-    return active[0][0] if active else state.vclocks_ns[level]
+def _first_first(line: tuple[Priority, Line]) -> int:
+    return line[1][0].line_key
 
 
-def _level(rules: Rules, base: Priority, job: Job, now_ns: int) -> Priority:
-    waited_ns = now_ns - job.queued_ns
+def lifted(rules: Rules, base: Priority, waited_ns: int) -> Priority:
+    """The level of who has got nothing at this priority for so long."""
     if waited_ns < rules.aging_ns or base is Priority.HIGH:
         return base
     return Priority(min(Priority.HIGH, base + waited_ns // rules.aging_ns))
@@ -215,6 +221,7 @@ def free_devices(state: State, now_ns: int) -> list[Device]:
 
 
 def slice_ns(state: State, rules: Rules) -> int:
+    """The turn of whoever has the largest share of those who are there."""
     return slice_of(max(1, len(state.book.present)), rules)
 
 
@@ -223,41 +230,113 @@ def slice_of(tenants: int, rules: Rules) -> int:
     return min(rules.slice_ns, max(SLICE_MIN_NS, ROUND_NS // tenants))
 
 
-def claims_on(state: State, rules: Rules, device: Device, claims: list[Claim], now_ns: int) -> list[Claim]:
-    """Of all claims those on this device: whose first job it does not take, claims with the first that it does."""
-    return claims if residency.takes_all(device) else survey(state, rules, now_ns, device).claims
+def turn_ns(state: State, rules: Rules, tenant: str) -> int:
+    """A smaller share makes shorter turns, not rarer ones: what is due to two tenants is even sooner."""
+    longest_ns = slice_ns(state, rules)
+    part = rules.share(tenant) / largest_share(state, rules)
+    return longest_ns if part >= 1 else max(min(SLICE_MIN_NS, longest_ns), round(part * longest_ns))
 
 
-def choose(state: State, rules: Rules, device: Device, claims: list[Claim]) -> tuple[Claim, bool] | None:
-    """The claim this free device goes to, and whether a new turn begins with it. It takes all of these."""
-    if not claims:
+def largest_share(state: State, rules: Rules) -> float:
+    """Cost: the number of tenants that are configured, whatever the number of those who are there."""
+    present = state.book.present
+    shares = [rule.share for name, rule in rules.tenants.items() if name in present]
+    return max(shares if len(shares) == len(present) else [1.0, *shares], default=1.0)
+
+
+def next_start(
+    state: State, rules: Rules, claims: list[Claim], now_ns: int
+) -> tuple[Device, Claim, bool] | None:
+    """A free device, the claim it goes to, and whether a new turn begins with that."""
+    free = free_devices(state, now_ns)
+    if not free:
         return None
-    top = claims[0].level
-    level = [claim for claim in claims if claim.level == top]
+    for _, level in groupby(claims, key=attrgetter("level")):
+        found = _start_at(state, rules, free, list(level))
+        if found is not None:
+            return found
+    return None
+
+
+def _start_at(
+    state: State, rules: Rules, free: list[Device], claims: list[Claim]
+) -> tuple[Device, Claim, bool] | None:
+    """Of the claims of one level: a turn that goes on, then the first that may load, then the first of all."""
+    takers = [_takers(state, rules, free, claim) for claim in claims]
+    for device in free:
+        own = _goes_on(
+            state, rules, device, [c for c, ds in zip(claims, takers, strict=True) if device in ds]
+        )
+        if own is not None:
+            return device, own, False
+    saving: set[str] = (
+        set()
+    )  # devices that are on their way to earn a load: only loaded handlers go before it
+    for claim, devices in zip(claims, takers, strict=True):
+        for device in devices:
+            if _may_load(state, rules, device, claim, saving):
+                return device, claim, True
+    return next(((ds[0], claim, True) for claim, ds in zip(claims, takers, strict=True) if ds), None)
+
+
+def _takers(state: State, rules: Rules, free: list[Device], claim: Claim) -> list[Device]:
+    """Devices that take this claim, the one first where it costs least."""
+    takers = [device for device in free if residency.takes(state, rules, device, claim.job.handler)]
+    return sorted(takers, key=lambda device: _effort(state, rules, device, claim))
+
+
+def _goes_on(state: State, rules: Rules, device: Device, claims: list[Claim]) -> Claim | None:
+    """What is next in a turn that is not over."""
     turn = device.turn
-    if turn is not None and turn.used_ns < slice_ns(state, rules):
-        own = next((claim for claim in level if claim.job.tenant == turn.tenant), None)
-        if own is not None and swap_due(state, rules, device, own):
-            return own, False
-    if swap_due(state, rules, device, level[0]):
-        return level[0], True
-    return next((claim for claim in level if claim.job.handler in device.loaded), level[0]), True
+    if turn is None or turn.used_ns >= turn_ns(state, rules, turn.tenant):
+        return None
+    own = (claim for claim in claims if claim.job.tenant == turn.tenant)
+    return next((claim for claim in own if swap_due(state, rules, device, claim)), None)
+
+
+def _effort(state: State, rules: Rules, device: Device, claim: Claim) -> tuple[bool, bool, int]:
+    """What it costs to serve this claim there: nothing, a load, or a load in the place of something loaded."""
+    return (
+        claim.job.handler not in device.loaded,
+        bool(device.loaded),
+        swap_wait_ns(state, rules, device, claim),
+    )
+
+
+def _may_load(
+    state: State, rules: Rules, device: Device, claim: Claim, saving: set[str], uncharged_ns: int = 0
+) -> bool:
+    """Whether this claim may have the device, with regard to the better claims that wait for their price there."""
+    if claim.job.handler in device.loaded:
+        return True
+    if device.name in saving:
+        return False
+    if swap_due(state, rules, device, claim, uncharged_ns):
+        return True
+    saving.add(device.name)
+    return False
 
 
 def swap_due(state: State, rules: Rules, device: Device, claim: Claim, uncharged_ns: int = 0) -> bool:
-    """Whether loading this claim's handler, if it must be loaded, keeps within `swap_overhead_max`."""
-    if claim.overdue or not device.loaded:
-        return True
-    return swap_wait_ns(state, rules, device, claim.job.handler, uncharged_ns) <= 0
+    """Whether loading this claim's handler, if it must be loaded, keeps within its part of the time."""
+    return not device.loaded or swap_wait_ns(state, rules, device, claim, uncharged_ns) <= 0
 
 
-def swap_wait_ns(state: State, rules: Rules, device: Device, handler: str, uncharged_ns: int = 0) -> int:
-    """Device time still to be used before loading this handler has earned its price; 0 or less: go on."""
-    learned = state.learned.get(handler)
-    if handler in device.loaded or learned is None:
+def swap_wait_ns(state: State, rules: Rules, device: Device, claim: Claim, uncharged_ns: int = 0) -> int:
+    """Device time still to be used before loading this claim's handler has earned its price; 0 or less: go on."""
+    if claim.job.handler in device.loaded:
         return 0
-    earned_ns = round(learned.load_ns / rules.swap_overhead_max)
-    return earned_ns - device.since_load_ns - uncharged_ns
+    used_ns = device.since_load_ns + uncharged_ns
+    wait_ns = round(_load_ns(state, claim.job.handler) / rules.swap_overhead_max) - used_ns
+    if claim.overdue:  # as long as either load took, something is worked
+        loads = [_load_ns(state, handler) for handler in (claim.job.handler, *device.loaded[-1:])]
+        wait_ns = min(wait_ns, round(max(loads) / OVERDUE_PART) - used_ns)
+    return wait_ns
+
+
+def _load_ns(state: State, handler: str) -> int:
+    learned = state.learned.get(handler)
+    return learned.load_ns if learned else 0
 
 
 # --- yields ---------------------------------------------------------------------------------------------------------
@@ -272,7 +351,8 @@ def turn_over(state: State, rules: Rules, device: Device, now_ns: int) -> bool:
     lease, turn = device.lease, device.turn
     assert lease is not None, device.name
     assert turn is not None, device.name
-    return turn.used_ns + uncharged_ns(lease, now_ns) >= slice_ns(state, rules)
+    used_ns = turn.used_ns + uncharged_ns(lease, now_ns)
+    return lease.loaded and used_ns >= turn_ns(state, rules, lease.tenant)
 
 
 def worth_a_look(state: State, rules: Rules, now_ns: int) -> bool:
@@ -293,54 +373,57 @@ def worth_a_look(state: State, rules: Rules, now_ns: int) -> bool:
     return False
 
 
-def due_yield(
-    state: State, rules: Rules, claims: list[Claim], now_ns: int
-) -> tuple[Device, Claim, YieldWhy] | None:
+def due_yield(state: State, rules: Rules, seen: Survey, now_ns: int) -> tuple[Device, Claim, YieldWhy] | None:
     """The next lease to ask back, for whom, and why. Claims that a yielding device will serve are passed over."""
     leased = [device for device in state.devices.values() if device.lease]
-    claims = _second_choices(state, rules, leased, claims, now_ns)
     running = [device for device in leased if device.lease and device.lease.yield_why is None]
-    running.sort(key=lambda device: _strength(state, rules, device, now_ns))
     covered = len(leased) - len(running)  # a device that is free by now takes none of these claims
-    saving: set[str] = (
-        set()
-    )  # devices that are on their way to earn a load: only loaded handlers go before it
-    for claim in claims:
-        covered -= claim.jobs
-        if covered >= 0:
+    saving: set[str] = set()
+    left: dict[str, int] = {}  # devices that the tenants of these claims may still have
+    for claim in seen.claims:
+        tenant = claim.job.tenant
+        jobs = min(claim.jobs, left.setdefault(tenant, devices_left(state, rules, tenant)))
+        left[tenant] -= jobs
+        covered -= jobs
+        if covered >= 0 or not jobs:
             continue
-        for device in running:
+        for device in sorted(running, key=lambda device: _strength(state, rules, device, claim, now_ns)):
             why = _beats(state, rules, claim, device, now_ns)
-            if why is YieldWhy.PRIORITY:
+            if why is YieldWhy.PRIORITY or (
+                why and _may_load(state, rules, device, claim, saving, _uncharged_ns(device, now_ns))
+            ):
                 return device, claim, why
-            if why is None or (device.name in saving and claim.job.handler not in device.loaded):
-                continue
-            if swap_due(state, rules, device, claim, _uncharged_ns(device, now_ns)):
-                return device, claim, why
-            saving.add(device.name)
+    return _own_yield(seen.held, leased)
+
+
+def _own_yield(held: list[Claim], leased: list[Device]) -> tuple[Device, Claim, YieldWhy] | None:
+    """A tenant that may have no further device has its urgent jobs on those it has."""
+    asked: dict[str, int] = {}
+    for device in leased:
+        if device.lease and device.lease.yield_why is not None:
+            asked[device.lease.tenant] = asked.get(device.lease.tenant, 0) + 1
+    for claim in held:
+        tenant = claim.job.tenant
+        asked[tenant] = asked.get(tenant, 0) - claim.jobs
+        if asked[tenant] >= 0:
+            continue
+        for device in leased:
+            lease = device.lease
+            if lease and lease.yield_why is None and lease.tenant == tenant and lease.level < claim.level:
+                return device, claim, YieldWhy.PRIORITY
     return None
-
-
-def _second_choices(
-    state: State, rules: Rules, devices: list[Device], claims: list[Claim], now_ns: int
-) -> list[Claim]:
-    """All claims, and those that only come up where a device does not take a tenant's first job."""
-    known = {claim.job.job_id: claim for claim in claims}
-    for device in devices:
-        for claim in claims_on(state, rules, device, claims, now_ns):
-            known.setdefault(claim.job.job_id, claim)
-    return claims if len(known) == len(claims) else sorted(known.values(), key=Claim.key)
 
 
 def _uncharged_ns(device: Device, now_ns: int) -> int:
     return uncharged_ns(device.lease, now_ns) if device.lease else 0
 
 
-def _strength(state: State, rules: Rules, device: Device, now_ns: int) -> tuple[int, int]:
-    """Weakest first: the lowest level, then the most virtual time."""
+def _strength(state: State, rules: Rules, device: Device, claim: Claim, now_ns: int) -> tuple[int, bool, int]:
+    """Weakest first: the lowest level, then, for a higher one, where nothing must be loaded, then the most time."""
     lease = device.lease
     assert lease is not None, device.name
-    return (lease.level, -running_vtime_ns(state, rules, lease, now_ns))
+    must_load = claim.level > lease.level and claim.job.handler not in device.loaded
+    return (lease.level, must_load, -running_vtime_ns(state, rules, lease, now_ns))
 
 
 def running_vtime_ns(state: State, rules: Rules, lease: Lease, now_ns: int) -> int:
@@ -356,24 +439,14 @@ def _beats(state: State, rules: Rules, claim: Claim, device: Device, now_ns: int
     if not residency.takes(state, rules, device, claim.job.handler):
         return None
     if claim.level > lease.level:
-        return None if _stands_behind(claim.job, state.jobs[lease.job_id]) else YieldWhy.PRIORITY
+        return YieldWhy.PRIORITY
     if claim.level < lease.level or claim.job.tenant == lease.tenant:
         return None
     if not turn_over(state, rules, device, now_ns):
         return None
-    if not claim.overdue and claim.vtime_ns > running_vtime_ns(state, rules, lease, now_ns):
+    if claim.vtime_ns > running_vtime_ns(state, rules, lease, now_ns):
         return None
     return YieldWhy.TURN_OVER
-
-
-def _stands_behind(job: Job, running: Job) -> bool:
-    """Whether the running job, given back, would stand before this one in the same line.
-
-    Waiting may have lifted the one behind to a higher level. The line keeps its order all the same: asked back for it,
-    the running job would be the next to run, and asked back again, for ever.
-    """
-    mine = (job.tenant, job.priority, job.handler)
-    return mine == (running.tenant, running.priority, running.handler) and job.line_key > running.line_key
 
 
 # --- reasons --------------------------------------------------------------------------------------------------------
@@ -390,6 +463,7 @@ def waiting_reason(
         _house_reason(state)
         or _sleep_reason(job, now_ns)
         or _resource_reason(state, rules, job, now_ns)
+        or _limit_reason(state, rules, job)
         or _rank_reason(state, rules, job, now_ns, seen or survey(state, rules, now_ns))
     )
 
@@ -444,19 +518,28 @@ def _resource_reason(state: State, rules: Rules, job: Job, now_ns: int) -> tuple
     return Reason.DEVICE_UNHEALTHY, f"{ill.name}: {ill.reason}, next try in {wait_s:.0f} s"
 
 
+def _limit_reason(state: State, rules: Rules, job: Job) -> tuple[Reason, str] | None:
+    if devices_left(state, rules, job.tenant) > 0:
+        return None
+    most = rules.tenants[job.tenant].running_devices_max
+    return Reason.RUNNING_DEVICES_MAX, (
+        f"{job.tenant} runs on {devices_of(state, job.tenant)} devices, allowed are {most}"
+    )
+
+
 def _rank_reason(state: State, rules: Rules, job: Job, now_ns: int, seen: Survey) -> tuple[Reason, str]:
     """Its handler works and a device could take it: somebody is ahead."""
-    level = _level(rules, job.priority, job, now_ns)
+    own = next(claim for claim in seen.claims if _stands_in(job, claim))
     best = seen.claims[0]
-    if best.level > level:
-        jobs = sum(claim.jobs for claim in seen.claims if claim.level > level)
+    if best.level > own.level:
+        jobs = sum(claim.jobs for claim in seen.claims if claim.level > own.level)
         return Reason.PRIORITY, f"{_jobs(best.job, job, jobs)} at level {best.level.name.lower()}"
-    own = next(claim for claim in seen.claims if claim.job.tenant == job.tenant and claim.level <= level)
-    if own.job is not job:
-        return Reason.PRIORITY, _jobs(own.job, job, _ahead_in_line(state, job, seen))
+    first = next(c for c in seen.claims if c.job.tenant == job.tenant and c.level is own.level)
+    if first.job is not job:
+        return Reason.PRIORITY, _jobs(first.job, job, _ahead_in_line(state, job, seen))
     if best is not own:
         owed_s = (own.vtime_ns - best.vtime_ns) * rules.share(best.job.tenant) / S_NS
-        return Reason.FAIR_SHARE, _owed(best.job.tenant, owed_s, best.overdue)
+        return Reason.FAIR_SHARE, _owed(best.job.tenant, owed_s)
     return _device_reason(state, rules, own, now_ns)
 
 
@@ -479,6 +562,12 @@ def _jobs(first: Job, job: Job, jobs: int) -> str:
     )
 
 
+def _stands_in(job: Job, claim: Claim) -> bool:
+    """Whether this is the claim of the job's line."""
+    mine = (job.tenant, job.priority, job.handler)
+    return mine == (claim.job.tenant, claim.job.priority, claim.job.handler)
+
+
 def named(other: Job, job: Job) -> str:
     """How the other job is called to those who see `job`: by its number only if all of them see it as well.
 
@@ -488,9 +577,7 @@ def named(other: Job, job: Job) -> str:
     return f"job {other.job_id}" if mine else f"a job of {other.tenant}"
 
 
-def _owed(tenant: str, owed_s: float, overdue: bool) -> str:
-    if overdue:
-        return f"{tenant} has waited longer than wait_max_s"
+def _owed(tenant: str, owed_s: float) -> str:
     return f"{tenant} is owed {owed_s:.0f} s" if owed_s >= 1 else f"{tenant} is next at an equal share"
 
 
@@ -500,12 +587,12 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     busy = [(device, device.lease) for device in fit if device.lease]
     if not busy or any(device.lease is None and usable(device, now_ns) for device in fit):
         return Reason.RESOURCES, "about to start"
-    device, lease = min(busy, key=lambda pair: _strength(state, rules, pair[0], now_ns))
+    device, lease = min(busy, key=lambda pair: _strength(state, rules, pair[0], claim, now_ns))
     running = named(state.jobs[lease.job_id], claim.job)
     if lease.level > claim.level:
         return Reason.PRIORITY, f"{device.name} runs {running} at level {lease.level.name.lower()}"
-    wait_ns = swap_wait_ns(state, rules, device, claim.job.handler, uncharged_ns(lease, now_ns))
-    if device.loaded and not claim.overdue and wait_ns > 0 and lease.yield_why is None:
+    wait_ns = swap_wait_ns(state, rules, device, claim, uncharged_ns(lease, now_ns))
+    if device.loaded and wait_ns > 0 and lease.yield_why is None:
         return (
             Reason.SWAP,
             f"{claim.job.handler} is loaded after {wait_ns / S_NS:.0f} s more of {lease.handler}",
@@ -513,8 +600,8 @@ def _device_reason(state: State, rules: Rules, claim: Claim, now_ns: int) -> tup
     ahead_s = (
         (claim.vtime_ns - running_vtime_ns(state, rules, lease, now_ns)) * rules.share(lease.tenant) / S_NS
     )
-    if ahead_s >= 1 and not claim.overdue and lease.yield_why is None and lease.tenant != claim.job.tenant:
-        return Reason.FAIR_SHARE, _owed(lease.tenant, ahead_s, overdue=False)
+    if ahead_s >= 1 and lease.yield_why is None and lease.tenant != claim.job.tenant:
+        return Reason.FAIR_SHARE, _owed(lease.tenant, ahead_s)
     asked = ", which was asked to yield" if lease.yield_why is not None else ""
     return Reason.RESOURCES, f"{device.name} runs {running}{asked}"
 
