@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 from core_house import bookkeeping, check_bookkeeping
 from gpujobd import protocol
-from gpujobd.core import events, policy, snapshot
+from gpujobd.core import events, policy, residency, snapshot
 from gpujobd.core.apply import apply
 from gpujobd.core.leases import BACKOFF_MAX_NS, ILL_MAX_NS
 from gpujobd.core.model import FINAL, S_NS, Job, JobState, Priority, Rules, State, YieldWhy
