@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from core_floor import Floor
-from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House, person, submission
+from core_house import ALICE, BOB, CAROL, EPOCH_NS, HANDLERS, ROOT, House, person, submission
 from gpujobd.core import forecast as run_ahead
 from gpujobd.core import inputs
 from gpujobd.core.apply import job_of
+from gpujobd.core.decide import decide
 from gpujobd.core.events import Submitted
 from gpujobd.core.forecast import Outlook, forecast
-from gpujobd.core.model import S_NS, Job, JobState, Lease, Priority, Rules, TenantRule
+from gpujobd.core.model import S_NS, HandlerRule, Job, JobState, Lease, Priority, Rules, TenantRule
 
 ROOMY = {
     "queued_jobs_max": 200_000,
@@ -360,30 +361,50 @@ def test_a_higher_level_is_forecast_first_and_a_lower_one_last() -> None:
     assert ahead_s(floor, outlooks[low].start_ns) == pytest.approx(110, abs=2)
 
 
-def test_a_job_that_is_not_submitted_yet_is_forecast_as_if_it_were() -> None:
-    floor = taught(Floor(rules()))
+@pytest.mark.parametrize(
+    ("who", "changes"),
+    [
+        (BOB, {}),
+        (BOB, {"tenant": "lab"}),
+        (BOB, {"priority": Priority.LOW}),
+        (ROOT, {"priority": Priority.HIGH, "tenant": "production"}),
+        (BOB, {"begin_ns": EPOCH_NS + 700 * S_NS}),
+        (ALICE, {"handler": "ocr"}),
+        (ALICE, {"handler": "rerank"}),
+    ],
+    ids=str,
+)
+def test_a_job_that_is_not_submitted_yet_is_forecast_as_if_it_were(
+    who: inputs.Who, changes: dict[str, Any]
+) -> None:
+    floor = taught(Floor(rules(), load_s={"ocr": 3.0}))
+    floor.state.learned["rerank"].retry_at_ns = floor.now_ns + 50 * S_NS  # it failed to load
     for _ in range(3):
         floor.submit(ALICE, items=1000)
-    wanted = submission(items=100)
-    supposed = job_of(
-        Submitted(
-            at_ns=floor.now_ns,
-            job_id=floor.state.next_job_id,
-            owner=BOB.uid,
-            tenant="bob",
-            submit_id="s",
-            handler="embed",
-            items=100,
-            input_bytes=1,
-            input_sha256=wanted.input_sha256,
-        )
+    floor.submit(BOB, items=300)
+    wanted = inputs.Submit(who=who, submission=submission(items=100, **changes))
+    (event,) = decide(floor.state, floor.rules, wanted, floor.now_ns)
+    assert isinstance(event, Submitted)
+    extra = look(floor, job_of(event))[event.job_id]
+    assert extra.position
+    assert floor.now_ns <= extra.start_ns < extra.finish_ns < extra.finish_90_ns
+    floor.give(wanted)
+    if floor.job(event.job_id).state is JobState.QUEUED:
+        assert look(floor)[event.job_id] == extra
+
+
+def test_of_a_handler_that_no_device_takes_now_nothing_is_promised() -> None:
+    large = {"embed": HandlerRule(vram_bytes=40 << 30), "ocr": HandlerRule(vram_bytes=1 << 30)}
+    house = House(rules(handlers=large), devices=("cuda:0",))
+    house.give(inputs.DeviceSeen(device="cuda:0", total_bytes=80 << 30, room_bytes=10 << 30))
+    crowded_out, fits, behind = (
+        house.submit(ALICE),
+        house.submit(BOB, handler="ocr"),
+        house.submit(BOB, handler="ocr"),
     )
-    extra = look(floor, supposed)[supposed.job_id]
-    before = floor.state.seq
-    assert floor.state.seq == before
-    job_id = floor.submit(BOB, items=100)
-    assert job_id == supposed.job_id
-    assert look(floor)[job_id] == extra
+    assert set(look(house)) == {fits, behind}
+    house.give(inputs.DeviceSeen(device="cuda:0", total_bytes=80 << 30, room_bytes=80 << 30))
+    assert crowded_out in look(house)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ AT = dt.datetime(2026, 1, 31, 12, 0, tzinfo=dt.UTC)
 OPEN = Config(file=File(targets=Targets(url_hosts=("*",)), mail=Mail(host="mail.example.org")))
 
 
+@pytest.fixture(autouse=True)
+def _no_authorities(monkeypatch):
+    """Nothing here speaks TLS, and reading the system's list takes longer than most of these tests."""
+    monkeypatch.setattr(deliver.webhook, "contexts", lambda _: None)
+
+
 @pytest.fixture
 def store(tmp_path):
     with contextlib.closing(Store(tmp_path)) as store:

@@ -8,10 +8,14 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
+import far_ends
 import pytest
+from gpujobd import protocol as p
 from gpujobd_notify import follower
 from harness import ROOT, until
+from mortal import locate
 from notify_house import TARGETS, FarWeb, NotifyHost, fake_past
 
 pytest.importorskip("httpx")
@@ -55,6 +59,7 @@ def test_what_a_job_asked_for_is_told_and_nothing_else(past, notifier, web):
     assert (attend.names, attend.url_hosts, attend.mail_domains) == ([], ["127.0.0.1"], [])
 
 
+@pytest.mark.slow
 def test_a_daemon_that_is_away_is_waited_for_and_nothing_is_missed(past, notifier, web):
     past.submit(1, web.url())
     past.stop()
@@ -63,6 +68,7 @@ def test_a_daemon_that_is_away_is_waited_for_and_nothing_is_missed(past, notifie
     wait_for(web, (1, "finish"))
 
 
+@pytest.mark.slow
 def test_a_notifier_that_was_down_tells_what_it_missed(past, notifier, web):
     past.submit(1, web.url(), on=["start", "finish"])
     assert notifier.stop() == 0
@@ -93,7 +99,7 @@ def test_after_a_gap_what_is_due_is_derived_from_the_jobs(past, notifier, web):
     assert len(web.told) == 5
 
 
-@pytest.mark.parametrize("seen", ["behind", "another"])
+@pytest.mark.parametrize("seen", [pytest.param("behind", marks=pytest.mark.slow), "another"])
 def test_a_restored_daemon_is_noticed_and_its_new_past_is_told(past, notifier, web, seen):
     past.submit(1, web.url())
     past.run(1)
@@ -115,6 +121,7 @@ def test_a_restored_daemon_is_noticed_and_its_new_past_is_told(past, notifier, w
     assert web.told[1][1] != first_id
 
 
+@pytest.mark.slow
 def test_jobs_from_before_the_notifier_are_told_from_then_on(tmp_path, past, web):
     past.submit(1, web.url(), on=["start", "finish"])
     past.add("leased", job=1, attempt=1, device="cpu", level=1)
@@ -149,6 +156,7 @@ def test_a_reload_tells_the_daemon_what_can_be_reached_now(past, notifier, web):
     assert web.facts() == {(1, "finish"), (2, "finish")}, "what was over before is not told"
 
 
+@pytest.mark.slow
 def test_ill_devices_are_told_to_who_listens_for_them(tmp_path, past, web):
     house = f'[endpoints.house]\nkind = "webhook"\nurl = "{web.url()}"\non = ["device"]\n'
     config = f'{house}allow_networks = ["127.0.0.0/8"]\n'
@@ -161,6 +169,7 @@ def test_ill_devices_are_told_to_who_listens_for_them(tmp_path, past, web):
     assert {body["type"] for _, _, body in web.told} == {"device"}
 
 
+@pytest.mark.slow
 def test_a_second_notifier_on_the_same_state_is_refused(tmp_path, past, notifier):
     second = NotifyHost(notifier.folder, past.daemon.path)
     second.launch()
@@ -181,6 +190,12 @@ PLACES = [
     "follower.Follower._take:after",
     "deliver.Deliveries._note:before",
 ]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_to_die_at_is_in_the_code(place):
+    owner, name = locate("gpujobd_notify." + place.partition(":")[0])
+    assert callable(getattr(owner, name))
 
 
 def story(past, web, dice, jobs):
@@ -295,6 +310,28 @@ def test_kills_of_either_at_random_moments_lose_nothing_and_invent_nothing(tmp_p
             until(lambda: not client.notifications(states=["pending"]), "all of it")
     assert web.facts() == wanted
     assert_ids_are_of_facts(web)
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_dead_far_end_waits_on_disk_and_not_in_memory(tmp_path, past):
+    def memory_bytes():
+        return int((Path("/proc") / str(notifier.process.pid) / "statm").read_text().split()[1]) * 4096
+
+    with (
+        far_ends.far_end(far_ends.BAD_DAYS["never answers"][1]) as port,
+        NotifyHost(tmp_path / "n", past.daemon.path) as notifier,
+    ):
+        notifier.wait_until_it_follows()
+        before = memory_bytes()
+        for job in range(1, 5001):
+            past.submit(job, f"http://127.0.0.1:{port}/{job}")
+            past.add("cancelled", job=job, by=0)
+        with notifier.client() as client:
+            until(lambda: client.ask_seq() == past.seq, "all of it to be due")
+            (view,) = client.ask(p.Notifications).endpoints
+            assert view.in_flight <= 5
+            assert view.queued == 5000
+        assert memory_bytes() - before < 20_000_000
 
 
 def test_a_daemon_that_was_stopped_while_systemd_listens_for_it_is_not_called(tmp_path):

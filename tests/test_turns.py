@@ -187,7 +187,7 @@ def test_a_begin_time_wakes_its_job_though_nobody_asks():
         import time
 
         loop = Loop()
-        begin_ns = time.time_ns() + 20_000_000
+        begin_ns = time.time_ns() + 300_000_000  # far enough that a busy host submits before
         loop.turns.ask(submit(begin_ns=begin_ns), lambda _: None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.turns.run)

@@ -677,8 +677,9 @@ class Server:
                 c.send(protocol.Gap(id=request.id, first_seq=found[0][0]))
             for seq, event in found:
                 if self._sees_event(c.who, event, request.job):
-                    told = self._sees_notify(c.who, event)
-                    c.send(protocol.EventSeen(id=request.id, seq=seq, event=views.event(event, told=told)))
+                    told, frank = self._sees_notify(c.who, event), self._hears_workers(c.who, event)
+                    shown = views.event(event, told=told, frank=frank)
+                    c.send(protocol.EventSeen(id=request.id, seq=seq, event=shown))
             return found[-1][0]
 
     def _sees_event(self, who: Who, event: AnyEvent, only_job: int) -> bool:
@@ -698,6 +699,13 @@ class Server:
         if not isinstance(event, Submitted) or not (event.notify or event.notify_on):
             return False
         return allowed("see_notify", who, job_of(event))
+
+    def _hears_workers(self, who: Who, event: AnyEvent) -> bool:
+        """Whether the event is shown in the words of workers: to administrators, and to who may read the job's log."""
+        if who.admin or not views.in_words_of_workers(event):
+            return True
+        job = self._state.jobs.get(getattr(event, "job_id", 0))
+        return job is not None and allowed("log", who, job)
 
 
 async def _or_alive(c: Connection, request_id: int, event: trio.Event) -> None:

@@ -13,7 +13,7 @@ from gpujobd import protocol
 from gpujobd.config import Config
 from gpujobd.core import model
 from gpujobd.core.admission import submitted_lately
-from gpujobd.core.events import AnyEvent, Submitted
+from gpujobd.core.events import AnyEvent, DeviceFellIll, LeaseLost, Submitted
 from gpujobd.core.forecast import Outlook
 from gpujobd.core.inputs import Who
 from gpujobd.core.model import S_NS, JobState, State
@@ -338,13 +338,15 @@ def switches(state: State) -> protocol.Switches:
     )
 
 
-def event(fact: AnyEvent, *, told: bool = False) -> dict[str, object]:
+def event(fact: AnyEvent, *, told: bool = False, frank: bool = True) -> dict[str, object]:
     """An event as clients get it: `at` for time, `job` for the id, nothing that serves the daemon alone.
 
-    `told`: with whom the job tells of its end.
+    `told`: with whom the job tells of its end; `frank`: with the words of workers, which may quote an item.
     """
     seen: dict[str, object] = {}
     shown = _shown(fact, told=told) if isinstance(fact, Submitted) else fact
+    if not frank and in_words_of_workers(fact):
+        shown = msgspec.structs.replace(fact, detail="")
     for key, value in msgspec.to_builtins(shown).items():
         if key == "at_ns":
             seen["at"] = _at(value)
@@ -355,6 +357,14 @@ def event(fact: AnyEvent, *, told: bool = False) -> dict[str, object]:
         elif key not in WITHHELD:
             seen[key] = value
     return seen
+
+
+def in_words_of_workers(fact: AnyEvent) -> bool:
+    match fact:
+        case LeaseLost():
+            return fact.cause in ("died", "poisoned", "canary")
+        case _:
+            return isinstance(fact, DeviceFellIll)
 
 
 def _shown(fact: Submitted, *, told: bool) -> Submitted:

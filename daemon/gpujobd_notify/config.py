@@ -294,7 +294,7 @@ def _check_authorities(path: Path, key: str, name: str) -> None:
     if not name:
         return
     try:
-        ssl.create_default_context().load_verify_locations(name)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(name)
     except OSError as error:
         raise wrong(path, key, f"{name} has no certificates: {error.strerror or error}") from None
 

@@ -15,7 +15,6 @@ import datetime as dt
 import logging
 import random
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -405,7 +404,7 @@ def _server(config: Config) -> mail.Server | None:
         port=given.real_port,
         security=str(given.security),
         timeout_s=given.timeout_s,
-        context=webhook.contexts(given.ca_file) if given.security != "none" else ssl.create_default_context(),
+        context=webhook.contexts(given.ca_file),
         user=given.user,
         password=password,
     )

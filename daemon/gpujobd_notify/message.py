@@ -124,16 +124,12 @@ def _body(stories: Sequence[Story], host: str) -> Iterator[str]:
     if len(stories) == 1:
         yield from _one(stories[0])
     else:
-        for bad in (True, False):
+        for title, bad in (("To be looked at", True), ("All well", False)):
             some = [story for story in stories if _is_bad(story) is bad]
             if some:
-                yield (
-                    f"{'Look at' if bad else 'All well with'} {'this' if len(some) == 1 else 'these'}:"
-                    if bad
-                    else "All well:"
-                )
+                yield f"{title}:"
                 yield ""
-                yield from (f"  {headline(s)}{_titled(s)}" for s in some)
+                yield from (f"  {headline(story)}{_titled(story)}" for story in some)
                 yield ""
         yield "jobctl show ID tells all of one, jobctl output ID fetches its results."
     yield ""

@@ -114,9 +114,9 @@ MUTANTS = [
     Mutant(
         "only some errors of the decoder",
         "daemon/gpujobd/protocol.py",
-        "        return _requests.decode(body)\n"
+        "        return decoder.decode(body)\n"
         "    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:\n",
-        "        return _requests.decode(body)\n    except msgspec.DecodeError as error:\n",
+        "        return decoder.decode(body)\n    except msgspec.DecodeError as error:\n",
         ("tests/faults/test_fuzz.py", "-k", "mutated_requests_decode"),
     ),
     Mutant(

@@ -54,6 +54,10 @@ def test_a_job_of_an_ordinary_user_is_read_back(fresh_host):
     run_autopkgtest(fresh_host, "submit-and-read-back")
 
 
+def test_a_hook_of_the_administrators_is_run_at_the_end_of_a_job(fresh_host):
+    run_autopkgtest(fresh_host, "notifier-runs-a-hook")
+
+
 def test_the_client_alone_says_that_there_is_no_daemon(bare_host, packages):
     bare_host.install([path for path in packages if path.name.startswith("jobctl_")])
     run_autopkgtest(bare_host, "client-alone")

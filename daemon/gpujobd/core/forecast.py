@@ -88,10 +88,12 @@ class Ahead:
         }
         self.offers = 0  # keeps two entries from being compared by their lines
         self.slice_ns = policy.slice_ns(state, rules)  # looked at now and then
+        self.startable = rules.handlers.keys() - policy.shut_out(state, rules, now_ns).keys()
         self.copies = [
             (name, level, handler, list(line))
             for name, lines in state.book.lines.items()
             for (level, handler), line in lines.items()
+            if handler in self.startable
         ]
         self.stamps = list(state.book.asleep)
         self.asleep: list[tuple[int, int, Job]] = []
@@ -107,8 +109,6 @@ class Ahead:
         wake = {name: learned.retry_at_ns for name, learned in self.learned.items()}
         standing: dict[tuple[str, Priority], list[list[Job]]] = {}
         for at, (name, level, handler, jobs) in enumerate(self.copies):
-            if handler not in self.rules.handlers:
-                continue
             if wake[handler] > self.now_ns:
                 self.asleep += [(wake[handler], job.job_id, job) for job in jobs]
             else:
@@ -117,7 +117,7 @@ class Ahead:
                 yield
         for at, stamp in enumerate(self.stamps):
             job = self.state.jobs.get(stamp[1])
-            if job is not None and job.handler in self.rules.handlers:
+            if job is not None and job.handler in self.startable:
                 self.asleep.append((stamp[0], job.job_id, job))
             if at % (20 * STEP) == 0:
                 yield
@@ -132,7 +132,7 @@ class Ahead:
 
     def _add_extra(self, standing: dict[tuple[str, Priority], list[list[Job]]], wake: dict[str, int]) -> None:
         job = self.extra
-        if job is None or job.handler not in self.rules.handlers:
+        if job is None or job.handler not in self.startable:
             return
         wake_ns = max(job.wake_ns, wake.get(job.handler, 0))
         if wake_ns > self.now_ns:
