@@ -372,7 +372,7 @@ def test_a_higher_level_is_forecast_first_and_a_lower_one_last() -> None:
         (ALICE, {"handler": "ocr"}),
         (ALICE, {"handler": "rerank"}),
     ],
-    ids=str,
+    ids=["plain", "tenant", "low", "high", "begin", "load", "backoff"],
 )
 def test_a_job_that_is_not_submitted_yet_is_forecast_as_if_it_were(
     who: inputs.Who, changes: dict[str, Any]
@@ -461,3 +461,23 @@ def test_the_state_may_move_on_between_the_steps() -> None:
         queued = (job for job in floor.state.jobs.values() if job.state is JobState.QUEUED)
         floor.give(inputs.Cancel(who=ROOT, job_id=next(queued).job_id))
     assert look(floor)
+
+
+@pytest.mark.parametrize("turns", [run_ahead.TURNS_MAX, 0], ids=["near", "far"])
+def test_a_tenant_at_its_limit_of_devices_is_forecast_to_wait_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    monkeypatch.setattr(run_ahead, "TURNS_MAX", turns)
+    limited = rules(tenants={"alice": TenantRule(running_devices_max=1)})
+    floor = taught(Floor(limited, devices=("cuda:0", "cuda:1")))
+    first, second = floor.submit(ALICE, items=1000), floor.submit(ALICE, items=1000)
+    other, last = floor.submit(BOB, items=500), floor.submit(BOB, items=500)
+    outlooks = look(floor)
+    assert ahead_s(floor, outlooks[second].start_ns) == pytest.approx(100, abs=3)
+    assert ahead_s(floor, outlooks[second].finish_ns) == pytest.approx(200, abs=3)
+    assert ahead_s(floor, outlooks[last].start_ns) == pytest.approx(50, abs=3)
+    begun_s = floor.clock_s
+    floor.run(300)
+    assert floor.started[second] - begun_s == pytest.approx(100, abs=3)
+    assert floor.started[other] == pytest.approx(begun_s, abs=1)
+    assert floor.finished[first] - begun_s == pytest.approx(100, abs=3)

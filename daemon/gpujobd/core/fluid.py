@@ -112,17 +112,21 @@ class Fluid:
         present.sort(key=_vtime_ns)
         return present
 
+    def _most(self, line: Line) -> float:
+        """Devices that its jobs can have at once."""
+        return min(line.count + len(line.served), self._ahead.limits.get(line.tenant, inf))
+
     def _split(self, lines: list[Line], free: float, served: list[Served], next_ns: float) -> float:
         """Fill by share, no tenant beyond its jobs; what is left of the devices."""
         while lines:
             part = free / sum(line.share for line in lines)
-            full = [line for line in lines if line.share * part >= line.count + len(line.served)]
+            full = [line for line in lines if line.share * part >= self._most(line)]
             if not full:
                 for line in lines:
                     self._serve(line, line.share * part, served, next_ns)
                 return 0.0
             for line in full:
-                devices = line.count + len(line.served)
+                devices = self._most(line)
                 self._serve(line, devices, served, next_ns)
                 free -= devices
             lines = [line for line in lines if line not in full]

@@ -8,6 +8,7 @@ goes with the number of jobs, however long they are. It differs from the policy 
 
     far         a job starts when its share of a device begins, not with its turn: early by a round at most
     handlers    a device is taken to hold as many as it holds now; far ahead, loading is a part of the time
+    in line     a tenant's jobs go in order, whatever is loaded; at its limit of devices, it asks none of its own back
     left out    aging, wait_max_s, deadlines, submissions still to come
 
 Rule 1: only what was measured is promised. A handler's first job has a start and no end, and nobody has a time that
@@ -80,6 +81,11 @@ class Ahead:
             {},
             {},
         )  # by level: handler wanted next -> lines
+        self.limits = {
+            name: rule.running_devices_max
+            for name, rule in rules.tenants.items()
+            if rule.running_devices_max is not None
+        }
         self.offers = 0  # keeps two entries from being compared by their lines
         self.slice_ns = policy.slice_ns(state, rules)  # looked at now and then
         self.startable = rules.handlers.keys() - policy.shut_out(state, rules, now_ns).keys()
@@ -275,7 +281,7 @@ class Ahead:
         heap = self.heaps[level].get(handler)
         if not heap:
             return None
-        aside: _Entry | None = None
+        aside: list[_Entry] = []
         top: _Entry | None = None
         while heap and top is None:
             vtime_ns, _, _, line = heap[0]
@@ -283,13 +289,20 @@ class Ahead:
                 heappop(heap)
                 if line.offered == (vtime_ns, handler):
                     line.offered = None
-            elif line is besides:
-                aside = heappop(heap)
+            elif line is besides or self._has_all(line.tenant):
+                aside.append(heappop(heap))
             else:
                 top = heap[0]
-        if aside is not None:
-            heappush(heap, aside)
+        for entry in aside:
+            heappush(heap, entry)
         return top
+
+    def _has_all(self, tenant: str) -> bool:
+        """Whether it runs on as many devices as it may."""
+        most = self.limits.get(tenant)
+        if most is None:
+            return False
+        return sum(s.line is not None and s.line.tenant == tenant for s in self.servers) >= most
 
     def _floor_ns(self, level: Priority) -> float:
         lines = [line for line in self.lines.values() if line.level is level and line.count]
@@ -365,6 +378,7 @@ class Ahead:
     def number_the_rest(self) -> Iterator[None]:
         """Where no device is left to start them, jobs have an order all the same."""
         self.trusted = False
+        self.limits = {}
         while (line := self._best()) is not None:
             rest = self._take(line)
             self.note_start(rest, self.now_ns)
