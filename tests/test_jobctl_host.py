@@ -96,7 +96,7 @@ def test_waiting_and_following_carry_over_a_restart(tmp_path):
                 seen.append(json.loads(line))
                 if seen[-1]["event"] == "completed":
                     break
-            events.terminate()
+            events.kill()  # not SIGTERM: a daemon that ended in this process, in a simulation, leaves it ignored
         assert [event["seq"] for event in seen] == list(range(1, len(seen) + 1))
         assert sum(event["event"] == "daemon_started" for event in seen) == 2
 
