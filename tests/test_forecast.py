@@ -372,7 +372,7 @@ def test_a_higher_level_is_forecast_first_and_a_lower_one_last() -> None:
         (ALICE, {"handler": "ocr"}),
         (ALICE, {"handler": "rerank"}),
     ],
-    ids=str,
+    ids=["plain", "tenant", "low", "high", "begin", "load", "backoff"],
 )
 def test_a_job_that_is_not_submitted_yet_is_forecast_as_if_it_were(
     who: inputs.Who, changes: dict[str, Any]

@@ -262,7 +262,7 @@ async def test_item_that_gives_way_to_others_brings_the_lease_back_with_the_room
         assert (back.checkpoint.upto, back.cramped_bytes) == (10, 50 * GIB)
 
 
-@pytest.mark.parametrize("init", ["hang", "crash", "nonsense", "no_driver"])
+@pytest.mark.parametrize("init", ["hang", "crash"])  # test_nvml.py has the others
 async def test_driver_that_does_not_answer_keeps_nobody_from_work(
     tmp_path: Path,
     driver: Driver,
@@ -291,6 +291,7 @@ async def test_driver_that_was_replaced_stops_loads_until_it_answers(tmp_path: P
         await b.until(inputs.Finished)
 
 
+@pytest.mark.slow
 async def test_gpu_that_is_lost_is_known_by_its_uuid_though_the_others_move_up(
     tmp_path: Path,
     driver: Driver,
@@ -310,6 +311,7 @@ async def test_gpu_that_is_lost_is_known_by_its_uuid_though_the_others_move_up(
         b.state.devices["cuda:1"].state = DeviceState.OK
 
 
+@pytest.mark.slow
 async def test_container_that_sees_foreign_pids_accuses_nobody_and_keeps_its_models(
     tmp_path: Path,
     driver: Driver,
@@ -329,6 +331,7 @@ async def test_container_that_sees_foreign_pids_accuses_nobody_and_keeps_its_mod
         assert not [r for r in b.reports if isinstance(r, inputs.Unloaded)]
 
 
+@pytest.mark.slow
 async def test_replaced_driver_is_let_go_by_workers_that_nobody_needs(
     tmp_path: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +344,7 @@ async def test_replaced_driver_is_let_go_by_workers_that_nobody_needs(
         await b.until(inputs.Unloaded)
 
 
+@pytest.mark.slow
 async def test_exclusive_gpu_holds_one_model_at_a_time(tmp_path: Path, driver: Driver) -> None:
     driver.tells(gpus=[a_gpu(mode=3)])
     async with running(house(tmp_path, driver)) as b:

@@ -343,3 +343,4 @@ def test_a_daemon_that_was_stopped_while_systemd_listens_for_it_is_not_called(tm
     assert follower.is_asleep(units, [tmp_path / "none", unit])
     (units / "invocation:gpujobd.service").symlink_to("0123")
     assert not follower.is_asleep(units, [unit])
+    assert follower.run_of_the_daemon(units) == "0123"

@@ -85,7 +85,7 @@ def test_a_mail_says_what_happened_the_figures_and_what_to_do_next():
         "    jobctl retry 42 --failed-items\n"
         "\n"
         "-- \n"
-        "gpujobd on host.example.org. To hear no more of a job: jobctl notifications mute --job ID\n"
+        "gpujobd on host.example.org. To hear no more of this job: jobctl notifications mute --job 42\n"
     )
 
 

@@ -6,7 +6,7 @@ from core_house import House
 from gpujobd.core import inputs, residency
 from gpujobd.core.model import DeviceState, HandlerRule, Rules
 from gpujobd.core.residency import CONTEXT_BYTES, GROWTH_BYTES, MIB, Memory, Resident
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GIB = 1 << 30
@@ -46,6 +46,7 @@ def without(residents: list[Resident], gone: list[str], memory: Memory) -> tuple
     return kept, fresh
 
 
+@settings(max_examples=60)
 @given(crowds())
 def test_idle_workers_leave_in_order_of_use_and_no_more_than_it_takes(
     crowd: tuple[list[Resident], Memory],
@@ -62,12 +63,14 @@ def test_idle_workers_leave_in_order_of_use_and_no_more_than_it_takes(
         assert before_last.free_bytes < spare, f"{going[-1]} left, and there was enough"
 
 
+@settings(max_examples=60)
 @given(crowds())
 def test_once_they_have_left_nobody_else_does(crowd: tuple[list[Resident], Memory]) -> None:
     residents, memory = crowd
     assert residency.leaving(*without(residents, residency.leaving(residents, memory), memory)) == []
 
 
+@settings(max_examples=60)
 @given(crowds())
 def test_nobody_leaves_for_others_that_have_not_grown(crowd: tuple[list[Resident], Memory]) -> None:
     residents, memory = crowd
@@ -79,6 +82,7 @@ def test_nobody_leaves_for_others_that_have_not_grown(crowd: tuple[list[Resident
         assert memory.foreign_bytes >= resident.foreign_then_bytes + GROWTH_BYTES
 
 
+@settings(max_examples=60)
 @given(crowds())
 def test_work_yields_only_when_memory_is_really_short_and_no_idle_worker_can_help(
     crowd: tuple[list[Resident], Memory],
@@ -91,6 +95,7 @@ def test_work_yields_only_when_memory_is_really_short_and_no_idle_worker_can_hel
         assert [r.idle_since for r in residents if r.name == name] == [-1.0]
 
 
+@settings(max_examples=60)
 @given(crowds())
 def test_worker_loaded_after_others_have_grown_stays_beside_them(
     crowd: tuple[list[Resident], Memory],
@@ -143,6 +148,7 @@ def seen(house: House, room_bytes: int, trouble: str = "") -> list[str]:
     return [type(event).__name__ for event in house.give(look)]
 
 
+@settings(max_examples=40)
 @given(st.lists(ROOMS, min_size=1, max_size=20))
 def test_whatever_was_seen_before_the_device_takes_who_fits_into_the_room_seen_last(rooms: list[int]) -> None:
     house = House(RULES, ("cuda:0",))
@@ -163,6 +169,7 @@ def test_whatever_was_seen_before_the_device_takes_who_fits_into_the_room_seen_l
 TROUBLES = st.sampled_from(["", "", "DriverMismatch", "DeviceLost"])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(ROOMS, TROUBLES), max_size=20))
 def test_good_looks_and_a_canary_bring_every_device_back(looks: list[tuple[int, str]]) -> None:
     house = House(RULES, ("cuda:0",))

@@ -55,6 +55,8 @@ BATCH_MAX: Final = 500  # postings in one commit
 KNOWN_MAX: Final = 20_000  # jobs in memory, those that nobody wants to hear of included
 
 SYSTEMD_UNITS: Final = Path("/run/systemd/units")  # has a link invocation:UNIT for every service that runs
+ENDS_S: Final = 30.0  # from the end of its connections to that of the daemon: a snapshot
+LOOK_S: Final = 0.1
 SOCKET_UNITS: Final = tuple(
     Path(folder, "gpujobd.socket") for folder in ("/usr/lib/systemd/system", "/etc/systemd/system")
 )
@@ -160,11 +162,17 @@ async def connected(paths: Sequence[str]) -> AsyncIterator[Connection]:
         yield Connection(stream)
 
 
+def run_of_the_daemon(units: Path = SYSTEMD_UNITS) -> str:
+    """Which one systemd shows; "": none."""
+    try:
+        return os.readlink(units / "invocation:gpujobd.service")
+    except OSError:
+        return ""
+
+
 def is_asleep(units: Path = SYSTEMD_UNITS, sockets: Sequence[Path] = SOCKET_UNITS) -> bool:
     """Whether systemd listens for a daemon that does not run: it tells of services that do, and sockets are files of it."""
-    if not units.is_dir() or os.path.lexists(units / "invocation:gpujobd.service"):
-        return False
-    return any(path.exists() for path in sockets)
+    return units.is_dir() and not run_of_the_daemon(units) and any(path.exists() for path in sockets)
 
 
 class Follower:
@@ -179,6 +187,7 @@ class Follower:
         on_due: Callable[[], None],
         *,
         now: Callable[[], float] = time.time,
+        units: Path = SYSTEMD_UNITS,
     ) -> None:
         self._config = config
         self._ears: Ears = config.ears
@@ -198,6 +207,8 @@ class Follower:
         self._relist = False  # all of them: somebody hears of every job from now on
         self._restored = False
         self._again = trio.CancelScope()
+        self._units = units
+        self._heard = ""  # the run of the daemon that was spoken to last
         self.state = "is looking for gpujobd"
 
     def reload(self, config: Config) -> None:
@@ -228,12 +239,20 @@ class Follower:
                     again_in_s = REFUSED_S
                 except (Lost, OSError, trio.BrokenResourceError) as error:
                     self._say(f"waits for gpujobd: {error}")
+                    await self._outlast()
             self._forget_uncommitted()
             if trio.current_time() - began > 2 * BACKOFF_MAX_S:
                 again_in_s = BACKOFF_FIRST_S
             if not self._again.cancelled_caught:
                 await trio.sleep(again_in_s * random.uniform(0.8, 1.2))  # noqa: S311  # no secret
                 again_in_s = min(BACKOFF_MAX_S, 2 * again_in_s)
+
+    async def _outlast(self) -> None:
+        """Let the run end that hung up: systemd would take a call meanwhile for a wish to start the next."""
+        with trio.move_on_after(ENDS_S):
+            while self._heard and self._heard == run_of_the_daemon(self._units):  # noqa: ASYNC110  # systemd pushes nothing
+                await trio.sleep(LOOK_S)
+        self._heard = ""
 
     def _say(self, state: str) -> None:
         if state != self.state:
@@ -252,6 +271,7 @@ class Follower:
     async def _follow(self) -> None:
         async with connected(self._paths) as connection:
             await connection.greet()
+            self._heard = run_of_the_daemon(self._units) if self._paths == [p.SYSTEM_SOCKET] else ""
             await self._attend(connection)
             pong = await connection.ask(p.Ping)
             newest = pong.seq if isinstance(pong, p.Pong) else 0

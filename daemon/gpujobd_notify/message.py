@@ -134,7 +134,13 @@ def _body(stories: Sequence[Story], host: str) -> Iterator[str]:
         yield "jobctl show ID tells all of one, jobctl output ID fetches its results."
     yield ""
     yield "-- "
-    yield f"gpujobd on {host}. To hear no more of a job: jobctl notifications mute --job ID"
+    job = stories[0].job if len(stories) == 1 else 0
+    which = (
+        f"this job: jobctl notifications mute --job {job}"
+        if job
+        else "a job: jobctl notifications mute --job ID"
+    )
+    yield f"gpujobd on {host}. To hear no more of {which}"
 
 
 def _titled(story: Story) -> str:
@@ -165,6 +171,7 @@ def _figures(story: Story) -> Iterator[tuple[str, str]]:
         yield "tenant", one_line(story.tenant)
     if story.items:
         yield "items", f"{story.items:,}"
+    if story.items and story.kind != p.NotifyOn.START:
         yield "done", f"{story.done:,}"
         yield "failed", f"{story.failed:,}"
         for code, count in sorted(story.failure_codes.items(), key=lambda pair: (-pair[1], pair[0])):

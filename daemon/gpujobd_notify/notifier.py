@@ -46,6 +46,8 @@ EX_TEMPFAIL: Final = 75
 EX_CONFIG: Final = 78
 BACKLOG: Final = 64
 STOP_S: Final = 5.0
+NICENESS: Final = 10
+"""The daemon and its workers come first: an answer is waited for, a notification is not. Hooks inherit it."""
 STATUS_S: Final = 5.0
 STUCK_S: Final = 30.0  # a turn of the deliveries, which wait for the outbox alone
 
@@ -216,6 +218,7 @@ class _Line(logging.Formatter):
 def serve(options: Options) -> int:
     """Run the notifier in the foreground; returns the exit status."""
     os.umask(0o077)
+    os.nice(NICENESS)
     systemd = Systemd()
     try:
         cfg = config.load(options.config)

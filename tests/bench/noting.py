@@ -33,7 +33,7 @@ class Busy:
     """The same work at every call, on the processor."""
 
     def __init__(self, *, device):
-        self.block = bytes(4_000_000)
+        self.block = bytes(16_000_000)
 
     def __call__(self, batch):
         hashlib.sha256(self.block).digest()
