@@ -189,7 +189,9 @@ def tenant_lists(call, *more):
     """Two changes of one tenant, then the end of the subscription, or whatever comes instead."""
     assert call.request.follow
     accuracy = p.Accuracy(jobs=12, error=0.08, late=0.01, by_90=0.917)
-    limited = tenant(queued=2, jobs_max=200, bytes_max=1 << 30, bytes=1 << 20, accuracy=accuracy)
+    limited = tenant(
+        queued=2, jobs_max=200, devices_max=1, bytes_max=1 << 30, bytes=1 << 20, accuracy=accuracy
+    )
     for view in (tenant(), limited):
         yield p.TenantList(id=call.request.id, tenants=[view])
     yield from more or [p.Done(id=call.request.id)]
@@ -201,7 +203,7 @@ def test_tenants_are_followed_as_one_table_after_the_other_where_nobody_looks(da
     assert run(["tenants", "-w"]) == 0
     first, second = capfd.readouterr().out.split("\n\n")
     assert first.splitlines()[1].split() == ["production", "4", "90", "s", "-2", "s", "3", "1", "0", "70"]
-    assert "200 jobs, 1.0 MiB of 1.0 GiB  8 % off, 92 % in time" in second
+    assert "200 jobs, 1 device, 1.0 MiB of 1.0 GiB  8 % off, 92 % in time" in second
     assert run(["tenants", "-w", "--json"]) == 0
     lists = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [made["tenants"][0]["queued"] for made in lists] == [3, 2]

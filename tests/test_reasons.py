@@ -9,7 +9,7 @@ import pytest
 from core_floor import Floor
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House
 from gpujobd.core import inputs, policy
-from gpujobd.core.model import S_NS, Priority, Reason, Rules
+from gpujobd.core.model import S_NS, Priority, Reason, Rules, TenantRule
 
 LONG = 40_000  # items: more than an hour of work
 
@@ -49,12 +49,18 @@ def fair_share() -> tuple[House, int]:
     return floor, 1
 
 
-def fair_share_of_who_is_overdue() -> tuple[House, int]:
-    house = House(rules(wait_max_ns=5 * S_NS))
+def fair_share_of_equals() -> tuple[House, int]:
+    house = House(rules())
     house.submit(ALICE, items=LONG)
     house.submit(CAROL)
     house.now_ns += 10 * S_NS
     return house, house.submit(BOB)
+
+
+def running_devices_max() -> tuple[House, int]:
+    house = House(rules(tenants={"alice": TenantRule(running_devices_max=1)}), devices=("cuda:0", "cuda:1"))
+    house.submit(ALICE, items=LONG)
+    return house, house.submit(ALICE)
 
 
 def resources() -> tuple[House, int]:
@@ -208,7 +214,8 @@ STORIES: Final[list[tuple[Story, Reason, str]]] = [
     (priority_in_its_own_line, Reason.PRIORITY, "job 2 and 2 more are ahead"),
     (priority_of_what_runs, Reason.PRIORITY, "cpu runs a job of root at level high"),
     (fair_share, Reason.FAIR_SHARE, "carol is owed 17 s"),
-    (fair_share_of_who_is_overdue, Reason.FAIR_SHARE, "carol has waited longer than wait_max_s"),
+    (fair_share_of_equals, Reason.FAIR_SHARE, "carol is next at an equal share"),
+    (running_devices_max, Reason.RUNNING_DEVICES_MAX, "alice runs on 1 devices, allowed are 1"),
     (resources, Reason.RESOURCES, "cpu runs a job of alice"),
     (
         resources_that_are_being_given_back,

@@ -217,7 +217,7 @@ def tenants_page(reply: p.TenantList) -> str:
 
 
 def limits_words(view: p.TenantView) -> str:
-    """`200 jobs, 10,000 items, 1.0 of 4.7 GiB`: what the tenant is held to; what is not configured is left out."""
+    """`200 jobs, 10,000 items, 1 device, 1.0 of 4.7 GiB`: what the tenant is held to; what is not configured is left out."""
     from jobctl.table import counted, size  # noqa: PLC0415
 
     words = []
@@ -225,6 +225,8 @@ def limits_words(view: p.TenantView) -> str:
         words.append(f"{counted(view.jobs_max)} jobs")
     if view.items_max is not UNSET:
         words.append(f"{counted(view.items_max)} items")
+    if view.devices_max is not UNSET:
+        words.append(f"{counted(view.devices_max)} device{'s' if view.devices_max > 1 else ''}")
     if view.bytes_max is not UNSET:
         kept = f"{size(view.bytes)} of " if view.bytes is not UNSET else ""
         words.append(kept + size(view.bytes_max))

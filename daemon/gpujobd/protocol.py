@@ -492,6 +492,7 @@ class TenantView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     items_left: int
     jobs_max: int | UnsetType = UNSET  # queued, running and paused
     items_max: int | UnsetType = UNSET  # items left
+    devices_max: int | UnsetType = UNSET  # on which it runs at a time
     bytes_max: int | UnsetType = UNSET
     bytes: int | UnsetType = UNSET  # inputs and outputs: for those who may submit as this tenant
     accuracy: Accuracy | UnsetType = UNSET  # of forecasts

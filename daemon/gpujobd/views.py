@@ -260,6 +260,7 @@ def tenants(state: State, config: Config, who: Who) -> list[protocol.TenantView]
                 items_left=left,
                 jobs_max=_limit(limits.queued_jobs_max),
                 items_max=_limit(limits.queued_items_max),
+                devices_max=_limit(limits.running_devices_max),
                 bytes_max=_limit(limits.spool_bytes_max),
                 bytes=state.book.of_tenant.get(name, model.NO_USE).bytes if _own(who, name) else UNSET,
                 accuracy=accuracy(record.accuracy) if record else UNSET,
