@@ -201,6 +201,10 @@ class Hall(House):
             if name not in device.loaded:
                 price_ns = round(learned.load_ns / self.rules.swap_overhead_max)
                 moments.append(price_ns - device.since_load_ns - uncharged_ns)
+        own_ns, share = state.tenants[lease.tenant].vtimes_ns[lease.level], self.rules.share(lease.tenant)
+        for vtime_ns, name in state.book.active[lease.level][:3]:  # when somebody else has the least time
+            if name != lease.tenant:
+                moments.append(round((vtime_ns - own_ns) * share) - uncharged_ns + 1000)
         for moment_ns in moments:
             if 0 < moment_ns < batch_s * S_NS:
                 self._later(moment_ns / S_NS, lease, lambda _: self._tick())
