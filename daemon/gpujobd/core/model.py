@@ -500,8 +500,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def least_share(self) -> float:
-        """No tenant has less."""
-        return min((rule.share for rule in self.tenants.values()), default=1.0)
+        """No tenant has less; 1 is that of everybody who is not configured."""
+        return min([1.0, *(rule.share for rule in self.tenants.values())])
 
 
 Line = list[Job]  # ready jobs of one tenant, level and handler, by line_key
