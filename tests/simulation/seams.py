@@ -143,6 +143,9 @@ def simulated(
         patch.setattr(gpujobd_worker.writer, "start_thread", lambda *_: None)
         patch.setattr(trio.to_thread, "run_sync", threads.run_sync)
         patch.setattr(trio, "open_signal_receiver", signals.open)
+        patch.setattr(
+            daemon, "_on_stop_signals", lambda _: None
+        )  # the signals of this process are not its own
         patch.setattr(writer, "OwnThread", JournalThread)
         patch.setattr(worker, "WorkerProcess", process)
         patch.setattr(gpus, "Nvml", driver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -54,8 +55,12 @@ def test_trio_runs_what_is_ready_in_an_order_of_the_seed() -> None:
 
 
 def test_two_minutes_at_the_real_pace_keep_every_promise() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     world = live(1, HOUR / 30, FINE)
     assert world.oracle.finished
+    assert signal.getsignal(signal.SIGTERM) is before, (
+        "every process that a later test starts would inherit it"
+    )
 
 
 def test_four_hours_of_faults_keep_every_promise() -> None:
