@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -148,11 +149,19 @@ def fake(**params: Any) -> Handler:
 @contextlib.asynccontextmanager
 async def running(bench: Bench) -> AsyncIterator[Bench]:
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(bench.supervisor.run)
-        yield bench
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.supervisor.run)
+            yield bench
+            nursery.cancel_scope.cancel()
+    finally:
+        be_no_subreaper()
     assert not [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+
+
+def be_no_subreaper() -> None:
+    """A supervisor without cgroups made this very process one: orphans of later tests would stay here as zombies."""
+    assert ctypes.CDLL(None).prctl(cgroup.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
 def bench(folder: Path, *, timeouts: dict[str, Any] | None = None, **params: Any) -> Bench:
