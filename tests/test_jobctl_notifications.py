@@ -52,24 +52,26 @@ def endpoint(name, **fields):
     return p.EndpointView(name=name, **(known | fields))
 
 
-SHOWN = p.NotificationList(
-    id=0,
-    notifications=[
-        view(1, state="delivered", tries=1, delivered_at=now() - dt.timedelta(minutes=3), last_error="old news"),
-        view(2, kind="progress=50%", tries=2, next_try_at=now() + dt.timedelta(minutes=5, seconds=5),
-             last_error="timed out\x1b[2J after DATA"),
-        view(3, job=43, state="failed", tries=12, target="https://hooks.example.org/x", last_error="410 Gone"),
-    ],
-    endpoints=[
-        endpoint("mailto", state="open", until_at=now() + dt.timedelta(minutes=1, seconds=5), queued=7,
-                 last_error="timed out"),
-        endpoint("https://hooks.example.org", kind="webhook", disabled="410 Gone"),
-    ],
-)  # fmt: skip
+def shown_list():
+    """Made when it is asked for: its times are relative to now."""
+    return p.NotificationList(
+        id=0,
+        notifications=[
+            view(1, state="delivered", tries=1, delivered_at=now() - dt.timedelta(minutes=3), last_error="old news"),
+            view(2, kind="progress=50%", tries=2, next_try_at=now() + dt.timedelta(minutes=5, seconds=20),
+                 last_error="timed out\x1b[2J after DATA"),
+            view(3, job=43, state="failed", tries=12, target="https://hooks.example.org/x", last_error="410 Gone"),
+        ],
+        endpoints=[
+            endpoint("mailto", state="open", until_at=now() + dt.timedelta(minutes=1, seconds=5), queued=7,
+                     last_error="timed out"),
+            endpoint("https://hooks.example.org", kind="webhook", disabled="410 Gone"),
+        ],
+    )  # fmt: skip
 
 
 def test_the_list_shows_what_was_told_what_waits_and_how_the_endpoints_are(notifier, capfd):
-    notifier.answer(p.Notifications, SHOWN)
+    notifier.answer(p.Notifications, shown_list())
     assert run(["notifications"]) == 0
     shown = capfd.readouterr().out
     first, second, third = shown.splitlines()[1:4]
@@ -87,7 +89,7 @@ def test_the_list_shows_what_was_told_what_waits_and_how_the_endpoints_are(notif
 
 
 def test_the_list_in_json_has_the_protocols_words(notifier, capfd):
-    notifier.answer(p.Notifications, SHOWN)
+    notifier.answer(p.Notifications, shown_list())
     assert run(["--json", "notifications", "42", "43", "--state", "failed", "--state", "muted", "--all"]) == 0
     shown = json.loads(capfd.readouterr().out)
     assert shown["v"] == 1

@@ -160,6 +160,6 @@ def _time(axes: Axes, outcomes: list[Outcome]) -> None:
             axes.text(98.5, row, f"{loading:.0f} %", va="center", ha="right", color="white", fontsize=9)
     axes.set_yticks(range(len(outcomes)), [outcome.policy for outcome in reversed(outcomes)])
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the time with work: computing, loading (dark), neither (white)")
+    axes.set_xlabel("% of the time with work (dark: loading)")
     axes.set_title("Where the time went")
     _plain(axes)

@@ -118,7 +118,7 @@ SITUATIONS = (
         },
         {"team": "3 teams"},
         _mixed,
-        verdict="Loading takes far more here than swap_overhead_max: so little waits for the loaded model that it runs out of work before the next load is earned, and no device is kept idle for a rule. Forecasts miss by half, since whoever comes next may have work for the model that is loaded, and goes first.",
+        verdict="Loading takes far more here than swap_overhead_max: so little waits for the loaded model that it runs out of work before the next load is earned, and no device is kept idle for a rule. Forecasts miss by a third, since whoever comes next may have work for the model that is loaded, and goes first.",
         drawn_hours=2,
     ),
     Situation(
