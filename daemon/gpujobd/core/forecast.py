@@ -9,6 +9,7 @@ goes with the number of jobs, however long they are. It differs from the policy 
     far         a job starts when its share of a device begins, not with its turn: early by a round at most
     handlers    a device is taken to hold as many as it holds now; far ahead, loading is a part of the time
     in line     a tenant's jobs go in order, whatever is loaded; at its limit of devices, it asks none of its own back
+    own order   a tenant's jobs keep it, also where the policy lets those for a loaded handler pass
     left out    aging, wait_max_s, deadlines, submissions still to come
 
 Rule 1: only what was measured is promised. A handler's first job has a start and no end, and nobody has a time that
