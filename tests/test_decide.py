@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House, check_bookkeeping, submission
-from gpujobd.core import events, inputs
+from gpujobd.core import events, inputs, policy
 from gpujobd.core.decide import find_submitted
 from gpujobd.core.leases import backoff_ns, canary_line
 from gpujobd.core.model import (
@@ -826,3 +826,19 @@ def test_the_means_of_many_forecasts_forget_the_old_ones() -> None:
     assert accuracy.jobs == 700
     assert (accuracy.error, accuracy.late) == (pytest.approx(0.1, abs=0.01), pytest.approx(-0.1, abs=0.01))
     assert accuracy.by_90 == pytest.approx(1.0, abs=0.01)
+
+
+def test_clock_put_back_does_not_keep_a_low_job_waiting_for_another_day() -> None:
+    it = house()
+    others = it.submit(BOB, items=500)
+    low = it.submit(ALICE, items=50, priority=Priority.LOW)
+    it.submit(ALICE, items=50, priority=Priority.LOW)
+    it.wait(-DAY_S)
+    it.wait(60)  # it has waited for aging_s, as far as anybody knows: the turn is over
+    it.give_back(5, used_s=60.0)
+    assert it.runs() == low
+    it.wait(60)
+    it.give_back(5, used_s=60.0)
+    it.wait(60)
+    assert it.runs() == others, "once"
+    assert [claim.level for claim in policy.survey(it.state, it.rules, it.now_ns).claims] == [Priority.LOW]

@@ -245,8 +245,10 @@ class Promises:
 
     def _urgent(self, job: Job) -> None:
         """A job that comes alone at `high`, with a device that runs something else, must compute within a batch and a load."""
-        self.urgent.clear()
-        if job.priority is not Priority.HIGH or job.state is not JobState.QUEUED:
+        if job.priority is not Priority.HIGH:
+            return
+        self.urgent.clear()  # it is not alone any more
+        if job.state is not JobState.QUEUED:
             return
         if self.hall.state.book.ready[Priority.HIGH] > 1 or not self._runnable(job.tenant):
             return

@@ -174,9 +174,15 @@ class _Look:
             yield self._claim(name, base, since_ns[base], line)
 
     def _waits_since_ns(self, name: str, base: Priority, first: Job) -> int:
+        """A time that lies further ahead than anybody must wait was noted by a clock that somebody has put back since:
+        then the tenant has waited long enough, until it is served.
+        """
         if (name, base) in self.runs:
             return self.now_ns
-        return max(first.queued_ns, self.state.tenants[name].served_at_ns[base])
+        known = (first.queued_ns, self.state.tenants[name].served_at_ns[base])
+        if max(known) <= self.now_ns + self.rules.aging_ns:
+            return max(known)
+        return max((self.now_ns - self.rules.aging_ns, *(ns for ns in known if ns <= self.now_ns)))
 
     def _claim(self, name: str, base: Priority, since_ns: int, line: Line) -> Claim:
         """A tenant that runs elsewhere claims behind what it was promised there: devices go round, too."""
