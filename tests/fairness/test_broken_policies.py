@@ -101,7 +101,6 @@ BROKEN = [
     loads_cost_nothing,
     a_turn_has_no_end,
     whoever_comes_first_is_served,
-    an_urgent_job_waits_for_the_turn,
     one_device_is_forgotten,
     a_price_keeps_a_device_idle,
     limits_on_devices_are_forgotten,
@@ -134,6 +133,13 @@ def test_a_policy_in_which_idle_time_is_saved_up_is_noticed() -> None:
         idle_time_is_saved_up(patch)
         with pytest.raises(AssertionError):
             test_policy.test_credit_is_not_earned_while_nobody_is_there_either()
+
+
+def test_a_policy_in_which_an_urgent_job_waits_for_the_turn_is_noticed() -> None:
+    with Patch.context() as patch:
+        an_urgent_job_waits_for_the_turn(patch)
+        with pytest.raises(AssertionError):
+            test_promises.test_an_urgent_job_does_not_wait_for_the_end_of_a_turn(1203.0)
 
 
 def test_a_policy_that_does_not_look_at_shares_is_noticed() -> None:

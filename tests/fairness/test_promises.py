@@ -97,6 +97,17 @@ def test_an_urgent_job_computes_within_a_batch_and_its_load(
     assert hall.computes_s[job_id] <= moment_s + 30.0 + load_s + 0.001
 
 
+@pytest.mark.parametrize("moment_s", [1203.0, 1211.0, 1219.0, 1227.0])
+def test_an_urgent_job_does_not_wait_for_the_end_of_a_turn(moment_s: float) -> None:
+    kinds = {"quick": Kind(0.1, batch_s=5.0)}
+    hall = Hall(rules(kinds, slice_ns=30 * S_NS), kinds)
+    backlogged(hall, ["quick", "quick"])
+    hall.arrive(Arrival(moment_s, "boss", "quick", 100.0, Priority.HIGH))
+    hall.run(moment_s + 200)
+    job_id = next(job_id for job_id, arrival in hall.submitted.items() if arrival.tenant == "boss")
+    assert hall.computes_s[job_id] <= moment_s + 5.0 + 0.1 + 0.001
+
+
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_limit_on_devices_is_kept_and_holds_nobody_else_up(most: int) -> None:
     kinds = {"model": Kind(5.0, batch_s=5.0)}

@@ -276,7 +276,8 @@ class Oracle:
         turns, supervisor = self._daemon._turns, self._daemon._supervisor
         head, state, rules = turns.head, turns.state, turns.rules
         now_s = self._now_s()
-        if policy.may_start(head) and (free := policy.free_devices(head, now_ns)):
+        free = [d for d in head.devices.values() if d.lease is None and policy.usable(d, now_ns)]
+        if free and policy.may_start(head):
             claims = policy.survey(head, rules, now_ns).claims
             taken = [c for d in free for c in claims if residency.takes(head, rules, d, c.job.handler)]
             assert not taken, f"a device is idle and job {taken[0].job.job_id} waits"
