@@ -146,6 +146,15 @@ def test_who_had_fewer_jobs_than_devices_has_saved_up_next_to_nothing() -> None:
     assert used_s(hall, "busy0") - before_s == pytest.approx(4 / 3 * HOUR_S, rel=0.1)
 
 
+def test_who_waits_for_a_further_device_is_owed_every_second_however_dear_his_model() -> None:
+    kinds = {"cheap": Kind(0.5, batch_s=30.0), "dear": Kind(427.0, batch_s=20.0)}
+    hall = Hall(rules(kinds), kinds, devices=3, room=1)
+    backlogged(hall, ["cheap", "dear"])
+    hall.run(3 * HOUR_S)
+    for tenant in hall.state.tenants.values():
+        assert tenant.vtimes_ns[Priority.NORMAL] == tenant.used_ns, tenant.name
+
+
 def live(seed: int) -> None:
     day = Day(seed)
     try:

@@ -49,7 +49,7 @@ from gpujobd.core.model import (
     Timings,
     YieldWhy,
 )
-from gpujobd.core.residency import gib
+from gpujobd.core.residency import gib, takes
 
 DEATHS_MAX: Final = 2  # of workers, with the same line alone in hand
 FAILED_JOBS_MAX: Final = 3  # jobs whose leases were lost on one device in a row
@@ -91,18 +91,48 @@ def lease_of(state: State, given: Report) -> Lease | None:
     return lease if lease is not None and lease.attempt == given.attempt else None
 
 
+def devices_left(state: State, rules: Rules, tenant: str) -> int:
+    """How many more devices this tenant may run on."""
+    rule = rules.tenants.get(tenant)
+    if rule is None or rule.running_devices_max is None:
+        return max(1, len(state.devices))
+    return rule.running_devices_max - devices_of(state, tenant)
+
+
+def devices_of(state: State, tenant: str) -> int:
+    return sum(
+        device.lease is not None and device.lease.tenant == tenant for device in state.devices.values()
+    )
+
+
 def _charged(state: State, rules: Rules, lease: Lease, given: Report) -> tuple[int, int]:
     """Device time and virtual time that this report adds.
 
-    Who runs is never left behind by more than waiting can explain: with fewer jobs than devices it would save up a
-    credit without ever having waited, and lock the others out with it one day.
+    Who runs all that it could run is never left behind by more than waiting can explain: with fewer jobs than devices it
+    would save up a credit without ever having waited, and lock the others out with it one day. Who waits for a further
+    device is owed every second.
     """
     used_ns = max(0, given.used_ns - lease.used_ns)
     if not used_ns:
         return 0, 0
+    vtime_ns = round(used_ns / rules.share(lease.tenant))
+    if _waits(state, rules, lease):
+        return used_ns, vtime_ns
     lag_max_ns = rules.wait_max_ns / rules.least_share
     behind_ns = book.start_ns(state, lease.level) - state.tenants[lease.tenant].vtimes_ns[lease.level]
-    return used_ns, max(round(used_ns / rules.share(lease.tenant)), round(behind_ns - lag_max_ns))
+    return used_ns, max(vtime_ns, round(behind_ns - lag_max_ns))
+
+
+def _waits(state: State, rules: Rules, lease: Lease) -> bool:
+    """Whether this tenant has a job in line at the same level that some device would take."""
+    if devices_left(state, rules, lease.tenant) <= 0:
+        return False
+    return any(
+        level is lease.level
+        and not state.learned[handler].load_failures
+        and any(takes(state, rules, device, handler) for device in state.devices.values())
+        for level, handler in state.book.lines.get(lease.tenant, {})
+    )
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import Final
 import msgspec
 
 from gpujobd.core import book, residency
-from gpujobd.core.leases import rests
+from gpujobd.core.leases import devices_left, devices_of, rests
 from gpujobd.core.model import (
     S_NS,
     Device,
@@ -96,20 +96,6 @@ def survey(state: State, rules: Rules, now_ns: int) -> Survey:
     claims.sort(key=Claim.key)
     held.sort(key=Claim.key)
     return Survey(claims, look.blocked, held)
-
-
-def devices_left(state: State, rules: Rules, tenant: str) -> int:
-    """How many more devices this tenant may run on."""
-    rule = rules.tenants.get(tenant)
-    if rule is None or rule.running_devices_max is None:
-        return max(1, len(state.devices))
-    return rule.running_devices_max - devices_of(state, tenant)
-
-
-def devices_of(state: State, tenant: str) -> int:
-    return sum(
-        device.lease is not None and device.lease.tenant == tenant for device in state.devices.values()
-    )
 
 
 def blocked_handlers(state: State, rules: Rules, now_ns: int) -> dict[str, str]:
