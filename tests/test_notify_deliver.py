@@ -322,7 +322,8 @@ def assert_ended(pid):
 
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as stat:
+        # The latter: it went between the opening and the reading.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
             if stat.read().rpartition(") ")[2][0] != "Z":
                 time.sleep(0.01)
                 continue

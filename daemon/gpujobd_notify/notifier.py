@@ -215,10 +215,18 @@ class _Line(logging.Formatter):
         return "\n".join(f"<{number}>{line}" for line in text.splitlines())
 
 
+def _stand_back() -> None:
+    """The processors are the daemon's and its workers'. Under the unit systemd has seen to it, and its filter forbids it."""
+    wanted = NICENESS - os.getpriority(os.PRIO_PROCESS, 0)
+    if wanted > 0:
+        with contextlib.suppress(PermissionError):
+            os.nice(wanted)
+
+
 def serve(options: Options) -> int:
     """Run the notifier in the foreground; returns the exit status."""
     os.umask(0o077)
-    os.nice(NICENESS)
+    _stand_back()
     systemd = Systemd()
     try:
         cfg = config.load(options.config)

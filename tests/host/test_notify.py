@@ -178,6 +178,7 @@ def test_the_notifier_sees_no_spool_no_home_and_no_device(host: Host, far: FarEn
     assert facts["CapBnd"] == facts["CapPrm"] == "0000000000000000"
     assert facts["NoNewPrivs"] == "1"
     assert facts["Seccomp"] == "2"
+    assert host.run("ps", "-o", "nice=", "-p", pid).stdout.strip() == "10", "it stands back behind the daemon"
     groups = {host.run("getent", "group", gid).stdout.split(":")[0] for gid in facts["Groups"].split()}
     assert groups <= {"gpujobd-notify"}
 
