@@ -45,7 +45,7 @@ def test_job_waits_while_the_disk_is_full_and_fails_no_item(small):
     shown = small.job(job.job_id)
     assert shown["state"] == "queued"
     assert shown["items"]["failed"] == 0
-    assert "disk full" in small.show()["StatusText"]
+    until(lambda: "disk full" in small.show()["StatusText"], "systemd to hear of it")
     assert "DiskFull" in small.jobctl().stdout
     until(lambda: "disk_low" in told_of_the_disk(small), "the daemon's own look at the disk")
 

@@ -93,7 +93,7 @@ def test_a_job_of_an_unprivileged_user_is_told_by_webhook_by_mail_and_by_name(
     job = submit(
         host, "--notify", WEBHOOK, "--notify", MAIL, "--notify", "ops", "--notify-on", "start,finish"
     )
-    until(lambda: all_delivered(host, job), "all to be told")
+    until(lambda: len(notifications(host, str(job))) == 6 and all_delivered(host, job), "all to be told")
     told = set(far.webhooks())
     assert {(path, job, kind) for path in ("/alice", "/ops") for kind in ("job.start", "job.finish")} <= told
     mails = [one["text"] for one in far.got("mail") if f"job {job} " in one["text"]]
