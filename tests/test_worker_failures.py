@@ -276,7 +276,7 @@ def test_load_says_whether_it_ran_out_of_memory(worker, others):
 @pytest.mark.slow
 def test_torch_running_out_of_real_memory_finishes_every_item(worker, tmp_path):
     pytest.importorskip("torch")
-    worker.load("real_oom:Hungry", params={"item_mib": 8, "more_mib": 200})
+    worker.load("real_oom:Hungry", params={"item_mib": 16, "more_mib": 200})
     job = Job(tmp_path / "job", items(100, {}))
     last = worker.run(job, batch_max=64)
     assert last["type"] == "finished", worker.read_log()

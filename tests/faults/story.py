@@ -148,6 +148,7 @@ class Story:
             "errors_crc": zlib.crc32(errors),
             "done": done,
             "failed": upto - done,
+            "failure_codes": {"rejected": upto - done} if upto > done else {},
         }
 
 
