@@ -57,6 +57,7 @@ PAGE_BYTES: Final = 512 << 10  # of a page of jobs: names and parameters are the
 LOOK_EVERY_JOBS: Final = 2000  # a long list lets others have the loop in between
 SURVEY_KEPT_NS: Final = 100_000_000
 TENANTS_GAP_S: Final = 1.0  # between two lists that are pushed
+EVENTS_GAP_S: Final = 0.1  # between two pieces of a stream that is not behind: a follower costs by the second
 ANYTHING: Final = 0  # no job has this number
 LOG_READ_BYTES: Final = 64 << 10
 
@@ -661,10 +662,12 @@ class Server:
             if not await self._renew(c):
                 c.fail(request.id, NO_NAMES.code, NO_NAMES.message)
                 return
+            next_at = trio.current_time() + EVENTS_GAP_S
             cursor = await self._send_events(c, request, cursor)
             await c.room()
-            if request.follow:
+            if request.follow and cursor >= self._feed.seq:
                 await _or_alive(c, request.id, self._feed.grown(cursor))
+                await trio.sleep_until(next_at)
         c.finish(protocol.Done(id=request.id))
 
     async def _send_events(self, c: Connection, request: protocol.Events, cursor: int) -> int:

@@ -30,6 +30,7 @@ ITEMS = 50_000
 BATCH = 16
 DEAD_S = 180
 COST_MAX = 1.05
+ROUNDS = 3  # for each repetition: one p99 differs from the next by as much as the row allows
 DAYS = ("answers a byte a second", "never answers")
 
 
@@ -40,7 +41,7 @@ def _dead_after_data(sock) -> None:  # far_ends' own
 def notifications(setting: Setting) -> Iterator[Row]:
     p99: dict[bool, list[float]] = {False: [], True: []}
     rate: dict[bool, list[float]] = {False: [], True: []}
-    for number in range(setting.repetitions):
+    for number in range(ROUNDS * setting.repetitions):
         for told in (False, True) if number % 2 else (True, False):
             folder = setting.folder / f"{number}{'on' if told else 'off'}"
             folder.mkdir()

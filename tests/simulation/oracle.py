@@ -3,13 +3,14 @@
     after every turn      work conserved, one lease a device, limits kept, nobody starved, nothing runs that does not
     after every commit    numbers without gaps, ids never again, final states final, only the lease's own attempt
     at a job's end        every item exactly once, in its outputs, and what its text says
-    at every start        nothing told is gone, nothing came twice, replay is what was lived
+    at every start        nothing told is gone, nothing came twice, inputs are whole, replay is what was lived
 
 Rule 1: the oracle has a memory of its own. It believes the daemon nothing that it can find out otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable
@@ -92,6 +93,7 @@ class Oracle:
         assert state.seq == len(self.facts), (state.seq, len(self.facts))
         self._check_nothing_lost(state)
         for job in state.jobs.values():
+            self._check_input(job)
             self._check_outputs(job)
         daemon._turns.followers.append(self._follow)
         turn = daemon._turns.turn
@@ -222,7 +224,19 @@ class Oracle:
         assert len(numbers) == len(set(numbers)), f"job {job_id} hands out an item twice"
         self.records_read += len(numbers)
 
-    # --- outputs ---------------------------------------------------------------------------------------------------------------
+    # --- inputs and outputs ----------------------------------------------------------------------------------------------------
+
+    def _check_input(self, job: Job) -> None:
+        """One that came in pieces is in the spool before its job is acknowledged, and stays to the end."""
+        made = self._jobs[job.job_id]
+        if job.state in FINAL or made.retry_of or not made.reservation_id:
+            return
+        held = [b"nothing"]
+        for path in (f"jobs/{job.job_id}/input.jsonl", f"incoming/{made.reservation_id}"):
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(self._spool, path), "rb") as file:
+                held = file.read().splitlines()
+                break
+        assert held == self._root(job.job_id).lines, f"job {job.job_id} was accepted, its input is not there"
 
     def _check_outputs(self, job: Job | None) -> None:
         """Every item that counts is in exactly one of the outputs, once."""
