@@ -1,7 +1,8 @@
 """The forecast, kept for a second: computed in short steps, while somebody asks and after a submission.
 
 Rule 1: no reader waits for a forecast but the status table, which shows nothing else; the others get the latest.
-Rule 2: forecasting takes at most a twentieth of the loop's time, however long the queue is.
+Rule 2: forecasting takes at most a twentieth of the loop's time, however long the queue is, and a quarter while it goes
+on: others are not only let in between two steps, they have time to be answered.
 Rule 3: the first forecast of a job is journaled (`Foretold`), so that its end can be held against it. Submissions are
 gathered for a moment first: the start of a worker comes before the question how long it will take.
 """
@@ -23,6 +24,7 @@ from gpujobd.turns import Turns
 KEPT_S: Final = 1.0
 GATHER_S: Final = 0.1
 SHARE_MAX: Final = 0.05  # of the loop's time
+SHARE_MEANWHILE: Final = 0.25
 WAIT_MAX_S: Final = 0.5  # what the status table may wait
 FORETOLD_MAX: Final = 1_000  # jobs of one event
 
@@ -119,7 +121,7 @@ class Outlooks:
             try:
                 next(steps)
             except StopIteration as end:
-                return end.value, cost_s
-            finally:
-                cost_s += time.perf_counter() - step_at
-            await trio.lowlevel.checkpoint()
+                return end.value, cost_s + time.perf_counter() - step_at
+            step_s = time.perf_counter() - step_at
+            cost_s += step_s
+            await trio.sleep(step_s * (1 / SHARE_MEANWHILE - 1))

@@ -20,6 +20,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from functools import cache
 from typing import Final, TypeVar
 
 import msgspec
@@ -755,10 +756,27 @@ class FrameError(Exception):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_requests: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
-_replies: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
-_notifier_requests: msgspec.msgpack.Decoder[AnyNotifierRequest] = msgspec.msgpack.Decoder(AnyNotifierRequest)
-_notifier_replies: msgspec.msgpack.Decoder[AnyNotifierReply] = msgspec.msgpack.Decoder(AnyNotifierReply)
+
+
+# Made when first needed: a client needs one of the four, and each takes most of a millisecond of its start.
+@cache
+def _requests() -> msgspec.msgpack.Decoder[AnyRequest]:
+    return msgspec.msgpack.Decoder(AnyRequest)
+
+
+@cache
+def _replies() -> msgspec.msgpack.Decoder[AnyReply]:
+    return msgspec.msgpack.Decoder(AnyReply)
+
+
+@cache
+def _notifier_requests() -> msgspec.msgpack.Decoder[AnyNotifierRequest]:
+    return msgspec.msgpack.Decoder(AnyNotifierRequest)
+
+
+@cache
+def _notifier_replies() -> msgspec.msgpack.Decoder[AnyNotifierReply]:
+    return msgspec.msgpack.Decoder(AnyNotifierReply)
 
 
 def frame(message: AnyRequest | AnyReply | AnyNotifierRequest | AnyNotifierReply) -> bytes:
@@ -807,22 +825,22 @@ class Frames:
 
 def decode_request(body: bytes) -> AnyRequest:
     """Raises: FrameError for anything that is no request; nothing else escapes, whatever the bytes."""
-    return _decoded(_requests, body, "a request")
+    return _decoded(_requests(), body, "a request")
 
 
 def decode_reply(body: bytes) -> AnyReply:
     """Raises: FrameError for anything that is no reply."""
-    return _decoded(_replies, body, "a reply")
+    return _decoded(_replies(), body, "a reply")
 
 
 def decode_notifier_request(body: bytes) -> AnyNotifierRequest:
     """Raises: FrameError for anything that is no request to the notifier."""
-    return _decoded(_notifier_requests, body, "a request to the notifier")
+    return _decoded(_notifier_requests(), body, "a request to the notifier")
 
 
 def decode_notifier_reply(body: bytes) -> AnyNotifierReply:
     """Raises: FrameError for anything that is no reply of the notifier."""
-    return _decoded(_notifier_replies, body, "a reply of the notifier")
+    return _decoded(_notifier_replies(), body, "a reply of the notifier")
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[_T], body: bytes, what: str) -> _T:
