@@ -442,6 +442,21 @@ def test_no_step_does_more_than_a_bounded_piece_of_the_work(jobs: int, tenants: 
     assert len(calls) >= 30
 
 
+@pytest.mark.parametrize("odd_ns", [0, 1, 100, 127, 128, 129, 255])
+def test_a_job_that_wakes_between_two_numbers_that_a_float_has_is_reached(
+    odd_ns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Today's time in ns has steps of 256 as a float; a backoff ends whenever it likes."""
+    monkeypatch.setattr(run_ahead, "TURNS_MAX", 4)
+    floor = taught(Floor(rules()))
+    for number in range(20):
+        floor.submit(person(number % 2), items=1000)
+    sleeper = floor.submit(CAROL, items=100, begin_ns=floor.now_ns // 256 * 256 + 500 * S_NS + odd_ns)
+    steps = forecast(floor.state, floor.rules, floor.now_ns)
+    assert sum(1 for _ in zip(range(1_000), steps, strict=False)) < 1_000
+    assert look(floor)[sleeper].finish_ns
+
+
 def test_longer_jobs_cost_no_more() -> None:
     def steps(items: int) -> int:
         floor = taught(Floor(rules()))

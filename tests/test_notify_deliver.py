@@ -227,6 +227,35 @@ async def test_who_has_much_to_be_told_is_not_ahead_of_who_has_little(store):
     assert order.index(2) < 10
 
 
+@pytest.mark.parametrize("places", [1, 2])
+async def test_each_uid_in_turn_however_many_wait_before_it_and_few_the_places(store, places):
+    scene = Scene(store)
+    scene.post(*(one(n) for n in range(1, 300)))
+    scene.post(one(300, uid=1001), one(301, uid=1002), one(302, uid=1002))
+    latest, order = -1, []
+    while len(order) < 8:
+        sent = [
+            row.number for row in store.list(None, 0, (), 0, 5000) if row.job in {job for _, job in order}
+        ]
+        found = store.next(A, scene.time(), places, urgent=False, but=sent, after_uid=latest)
+        order += [(row.uid, row.job) for row in found]
+        latest = found[-1].uid
+    assert {uid for uid, _ in order[:3]} == {1000, 1001, 1002}
+    assert {job for _, job in order} >= {1, 300, 301, 302}
+    full = store.next(A, scene.time(), 4, urgent=False, full=[1000])
+    assert {row.uid for row in full} == {1001, 1002}
+
+
+async def test_an_error_as_long_as_a_far_end_likes_is_kept_short(store):
+    scene = Scene(store)
+    scene.hosts[A] = later("x" * 200_000, ill=True)
+    async with running(scene):
+        scene.post(*(one(n) for n in range(1, 6)))  # so many that the breaker opens, and the far end is kept
+        await until_quiet(lambda: len(scene.tries) == 5 and not scene.deliveries.in_flight)
+    (view,) = scene.deliveries.views({}, {})
+    assert len(view.last_error) == 500
+
+
 async def test_a_digest_is_one_mail_for_each_reader_and_an_alert_waits_for_none(store):
     mail = Mail(host="mail.example.org", digest_s=60)
     config = Config(file=File(mail=mail, targets=Targets(mail_domains=("*",))))

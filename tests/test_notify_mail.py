@@ -118,6 +118,7 @@ def test_a_digest_that_is_tried_again_has_the_id_it_had():
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=300)
+ONE_LINE = {"kind": "start", "at": AT, "job": 1, "state": "running", "items": 1}
 
 
 @given(TEXT, TEXT, TEXT, st.sampled_from(["finish", "start", "stall", "pause", "progress=50%", "device"]))
@@ -133,6 +134,15 @@ def test_no_word_of_a_users_makes_a_header_or_a_line(name, detail, handler, kind
     lines = found.get_content().splitlines()
     assert lines[1] == ""
     assert len(found["subject"]) < 200
+
+
+def test_an_encoded_word_in_a_name_hides_no_header():
+    """`email` decodes it; versions of Python before 3.11.10 and 3.12.5 then write what it hid as it is."""
+    for hidden in ("=0D=0ABcc:_v@x", "=0D=0A=0D=0Aa_body"):
+        found = read_back(made(Story(**ONE_LINE, name=f"x =?utf-8?q?a{hidden}?= y")))
+        assert "Bcc" not in found
+        assert found["subject"].startswith("job 1 has started (x = ?")
+        assert found.get_content().startswith("Job 1 has started.")
 
 
 # --- servers ------------------------------------------------------------------------------------------------------

@@ -117,6 +117,15 @@ def test_a_try_that_broke_off_leaves_its_place_to_the_next():
     assert breaker.places(OPEN_S, 4) == 1
 
 
+def test_a_clock_that_is_put_back_under_a_try_leaves_a_place_for_the_next():
+    breaker = broken(1_000.0)
+    now = breaker.until
+    breaker.began(now)
+    breaker.failed(now - 500.0)
+    assert breaker.position(now - 500.0) is Position.OPEN
+    assert breaker.places(now, 4) == 1
+
+
 def test_who_is_in_a_hurry_gets_one_try_at_once():
     breaker = broken()
     breaker.hurry(5.0)

@@ -74,6 +74,30 @@ def settled(client, job):
     )
 
 
+NUMBER = 1 << 63  # one more than the outbox can look up
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (p.Notifications, {"job": NUMBER}),
+        (p.Notifications, {"after": NUMBER}),
+        (p.Notifications, {"job": -1}),
+        (p.Notifications, {"states": ["\x01" * 300_000]}),
+        (p.NotificationRetry, {"notification": NUMBER}),
+        (p.NotificationMute, {"job": NUMBER}),
+        (p.NotifyDefaults, {"set": True, "notify": ["\x01" * 300_000]}),
+        (p.NotifyDefaults, {"set": True, "notify_on": ["\x01" * 300_000]}),
+    ],
+)
+def test_what_cannot_be_looked_up_is_refused_and_ends_nothing(notifier, client, kind, fields):
+    refused = client.ask(kind, **fields)
+    assert isinstance(refused, p.Error)
+    assert len(refused.message) <= 500
+    assert notifier.process.poll() is None
+    assert isinstance(client.ask(p.Ping), p.Pong)
+
+
 @needs_root
 def test_everybody_sees_and_changes_his_own_and_root_all(past, notifier, web, client):
     web.answer = lambda _: 404

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from core_floor import Floor
 from core_house import ALICE, BOB, CAROL, HANDLERS, ROOT, House, person, tried
-from gpujobd.core import inputs, policy
+from gpujobd.core import book, inputs, policy, snapshot
 from gpujobd.core.model import S_NS, JobState, Priority, Reason, Rules, TenantRule, YieldWhy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,3 +369,39 @@ def test_what_runs_is_charged_ahead_when_jobs_are_put_in_order() -> None:
     order = [job.job_id for job in policy.order(house.state, house.rules, house.now_ns)]
     assert order == [other, second]
     assert house.job(1).state is JobState.RUNNING
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------------
+
+
+def test_months_of_a_small_share_fit_a_file_and_change_nobodys_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual time runs at device time over share: it is taken back now and then, and differences alone count."""
+
+    def live() -> Floor:
+        shares = {"alice": 0.001, "user2": 4.0}
+        floor = Floor(rules(tenants={name: TenantRule(share=share) for name, share in shares.items()}))
+        for _ in range(3):
+            floor.submit(ALICE, items=10 * LONG)
+            floor.run(HOUR_S)  # alone, most of the time
+            floor.submit(person(1), items=LONG)
+            floor.submit(person(2), items=LONG)
+            floor.run(HOUR_S)
+        return floor
+
+    plain = live()
+    most_ns = max(tenant.vtimes_ns[Priority.NORMAL] for tenant in plain.state.tenants.values())
+    monkeypatch.setattr(book, "REBASE_NS", 1_000 * S_NS)
+    rebased = live()
+    assert rebased.turns == plain.turns
+    assert max(tenant.vtimes_ns[Priority.NORMAL] for tenant in rebased.state.tenants.values()) < most_ns / 2
+    assert rebased.served_s("alice") == plain.served_s("alice") > HOUR_S
+
+
+def test_virtual_time_ends_before_a_file_could_not_hold_it() -> None:
+    """A tenant that is present and cannot be served holds the clock; another is charged beyond all that is real."""
+    floor = Floor(rules())
+    floor.submit(ALICE, items=10 * LONG)
+    floor.run(10)
+    for _ in range(3):
+        book.charge(floor.state, floor.state.tenants["alice"], Priority.NORMAL, 1 << 63)
+    snapshot.clone(floor.state)

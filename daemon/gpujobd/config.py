@@ -65,7 +65,7 @@ class Retention(Section, frozen=True):
 class Scheduler(Section, frozen=True):
     slice_s: PositiveSeconds = 30.0
     aging_s: PositiveSeconds = 21_600.0
-    swap_overhead_max: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    swap_overhead_max: Annotated[float, Meta(ge=1e-4, le=1)] = 0.05
     wait_max_s: PositiveSeconds = 1800.0
     resume_on_start: bool = True
 
@@ -93,7 +93,7 @@ class Access(Section, frozen=True):
 
 
 class TenantSection(Section, frozen=True):
-    share: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    share: Annotated[float, Meta(ge=1e-3, le=1e6)] = 1.0
     queued_jobs_max: Positive | None = None
     queued_items_max: Positive | None = None
     spool_bytes_max: Positive | None = None

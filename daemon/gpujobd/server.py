@@ -136,6 +136,7 @@ class Server:
 
     def reload(self, config: Config) -> None:
         self._config = config
+        self._surveyed = None  # it was made by the rules of before
         self._wake_watchers(ANYTHING)
 
     async def hush(self) -> None:

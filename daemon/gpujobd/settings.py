@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 Positive = Annotated[int, Meta(ge=1, le=10**15)]
-PositiveSeconds = Annotated[float, Meta(gt=0, le=1e9)]  # 30 years: what is longer is meant as "never"
+PositiveSeconds = Annotated[float, Meta(ge=1e-3, le=1e9)]  # 30 years: what is longer is meant as "never"
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

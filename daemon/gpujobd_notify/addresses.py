@@ -62,7 +62,9 @@ SPECIAL_V6: Final = tuple(
 )
 MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
 NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-RESOLVERS_MAX: Final = 16  # threads: a name server that hangs takes no thread from anything else
+RESOLVERS_MAX: Final = 256
+"""Threads: more than all places together begin in the half minute or minute after which a lookup gives up. One that hangs
+keeps its thread when its try is over; were they fewer, a few dead names would be in the way of all others."""
 
 
 class Forbidden(Exception):

@@ -60,10 +60,10 @@ class Breaker:
 
     def failed(self, now: float) -> None:
         """Tries that began before it opened count once: they say nothing new."""
+        self._probing = False  # first: a clock that was put back has opened it under a probe
         if self.position(now) is Position.OPEN:
             return
         self._failures += 1
-        self._probing = False
         if self._openings or self._failures >= FAILURES_MAX:
             self.until = now + min(OPEN_MAX_S, OPEN_S * 2**self._openings)
             self._openings = min(self._openings + 1, 10)

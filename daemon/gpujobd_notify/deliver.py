@@ -32,7 +32,7 @@ from gpujobd_notify.due import Due
 from gpujobd_notify.lanes import Crowd, Lane
 from gpujobd_notify.outcome import Outcome, Verdict, later, never
 from gpujobd_notify.schedule import GIVE_UP_S, next_wait_s
-from gpujobd_notify.store import Posting, Row, Store
+from gpujobd_notify.store import ERROR_CHARS_MAX, Posting, Row, Store
 from gpujobd_notify.targets import MAILTO, TargetError, parse
 from gpujobd_notify.thread import Asked
 
@@ -55,6 +55,7 @@ class Far:
         self.timeout_s = timeout_s
         self.lane = Lane(places)
         self.breaker = Breaker()
+        self.latest_uid = -1  # for whom the latest try was begun: the next uid's turn comes after it
         self.error = ""
 
     @property
@@ -117,8 +118,8 @@ class Deliveries:
             )
             if not same:
                 del self._fars[name]
-                if endpoint is not None and far.endpoint is not None:
-                    await self._asked(Store.enable, name)
+        changed = [n for n, endpoint in config.file.endpoints.items() if before.endpoints.get(n) != endpoint]
+        await self._asked(Store.enable, *changed)
         self.poke()
 
     def posting(self, due: Due) -> Posting:
@@ -217,7 +218,17 @@ class Deliveries:
         places = far.breaker.places(now, far.lane.free(urgent=urgent))
         if not places:
             return
-        rows = await self._asked(Store.next, far.name, now, places, urgent=urgent, but=tuple(self._in_flight))
+        full = self._crowd.full(urgent=urgent) if far.shared else []
+        rows = await self._asked(
+            Store.next,
+            far.name,
+            now,
+            places,
+            urgent=urgent,
+            but=tuple(self._in_flight),
+            full=full,
+            after_uid=far.latest_uid,
+        )
         for row in rows:
             if row.number in self._in_flight or not far.breaker.places(now, far.lane.free(urgent=urgent)):
                 continue  # the former: it rides in a digest that has just begun
@@ -226,6 +237,7 @@ class Deliveries:
             together = await self._together(far, row)
             self._in_flight.update(one.number for one in together)
             far.lane.enter(urgent=urgent)
+            far.latest_uid = row.uid
             if far.shared:
                 self._crowd.enter(row.uid, urgent=urgent)
             far.breaker.began(now)
@@ -241,8 +253,9 @@ class Deliveries:
         """Far ends that users named are as many as they like: those with nothing to say are not kept."""
         wanted = {*waiting}
         for name, far in list(self._fars.items()):
-            healthy = far.breaker.position(self._now()) is Position.CLOSED
-            if far.shared and name not in wanted and not far.lane.in_flight and healthy:
+            closed = far.breaker.position(self._now()) is Position.CLOSED
+            over = closed or self._now() > far.breaker.until + IDLE_S
+            if far.shared and name not in wanted and not far.lane.in_flight and over:
                 del self._fars[name]
 
     # --- one try ----------------------------------------------------------------------------------------------------
@@ -327,13 +340,13 @@ class Deliveries:
     async def _note(self, far: Far, rows: list[Row], outcome: Outcome) -> None:
         """Write down what a try brought."""
         now, numbers, row = self._now(), [row.number for row in rows], rows[0]
-        far.error = outcome.error
+        far.error = error = outcome.error[
+            :ERROR_CHARS_MAX
+        ]  # a name may have a thousand addresses, all of them ill
         if outcome.ill:
             far.breaker.failed(now)
             if far.breaker.position(now) is Position.OPEN:
-                log.warning(
-                    "%s is left alone for %.0f s: %s", far.name, far.breaker.until - now, outcome.error
-                )
+                log.warning("%s is left alone for %.0f s: %s", far.name, far.breaker.until - now, error)
         else:
             far.breaker.succeeded()
         match outcome.verdict:
@@ -343,18 +356,15 @@ class Deliveries:
             case Verdict.LATER:
                 wait_s = next_wait_s(row.tries + 1, self._chance(), outcome.asked_s)
                 next_at = None if wait_s is None else now + wait_s
-                await self._asked(Store.failed, numbers, outcome.error, next_at, now)
+                await self._asked(Store.failed, numbers, error, next_at, now)
                 if next_at is None:
-                    log.warning(
-                        "notification %d of job %d is given up: %s", row.number, row.job, outcome.error
-                    )
+                    log.warning("notification %d of job %d is given up: %s", row.number, row.job, error)
             case Verdict.NEVER:
-                await self._asked(Store.failed, numbers, outcome.error, None, now)
-                log.warning("notification %d of job %d failed: %s", row.number, row.job, outcome.error)
+                await self._asked(Store.failed, numbers, error, None, now)
+                log.warning("notification %d of job %d failed: %s", row.number, row.job, error)
             case Verdict.GONE:
-                name = row.target if far.shared else far.name
-                await self._asked(Store.disable, name, outcome.error, now)
-                log.warning("%s is disabled: %s", message.one_line(name, 200), outcome.error)
+                await self._asked(Store.disable, row.target if far.shared else far.name, error, now)
+                log.warning("%s is disabled: %s", far.name, error)  # a whole URL may be a secret
 
     # --- what people ask --------------------------------------------------------------------------------------------
 

@@ -63,6 +63,10 @@ class Crowd:
     def free(self, uid: int, *, urgent: bool) -> int:
         return min(self._all.free(urgent=urgent), self._of(uid).free(urgent=urgent))
 
+    def full(self, *, urgent: bool) -> list[int]:
+        """Who has all the places that he may have."""
+        return [uid for uid, lane in self._by_uid.items() if not lane.free(urgent=urgent)]
+
     def enter(self, uid: int, *, urgent: bool) -> None:
         lane = self._by_uid.setdefault(uid, Lane(SHARED_PER_UID_MAX))
         lane.enter(urgent=urgent)

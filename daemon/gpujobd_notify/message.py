@@ -65,7 +65,8 @@ def mail(
     message = EmailMessage(policy=SMTP)
     message["From"] = sender
     message["To"] = ", ".join(to)
-    message["Subject"] = _subject([story for _, story in stories])
+    # What looks like an encoded word would be decoded, and whatever it hides be a header: older versions of Python let it.
+    message["Subject"] = _subject([story for _, story in stories]).replace("=?", "= ?")
     message["Date"] = email.utils.format_datetime(now)
     message["Message-ID"] = f"<{message_id([name for name, _ in stories])}@{host}>"
     message["Auto-Submitted"] = "auto-generated"

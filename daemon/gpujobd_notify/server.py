@@ -14,6 +14,7 @@ import grp
 import logging
 import os
 import pwd
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from gpujobd import __version__
 from gpujobd import protocol as p
 from gpujobd.peer import Peer, peer, take_no_descriptors
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from gpujobd_notify.config import Config
 from gpujobd_notify.deliver import Deliveries
@@ -43,6 +45,8 @@ WRITE_S: Final = 10.0
 ACCEPT_AGAIN_S: Final = 0.5
 READ_BYTES: Final = 64 << 10
 MUTES_MAX: Final = 1000  # of one uid
+NUMBER_MAX: Final = (1 << 63) - 1  # of SQLite
+MESSAGE_CHARS_MAX: Final = 500
 REPLY_BYTES_MAX: Final = p.FRAME_BYTES_MAX // 2
 STATES: Final = frozenset({PENDING, DELIVERED, FAILED, MUTED})
 
@@ -108,6 +112,10 @@ class Server:
                     self._connections += Counter()  # drops those at zero
             except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
                 log.debug("a client is gone: %s", error)
+            except sqlite3.Error:
+                raise  # the outbox is broken, not the client
+            except Exception:
+                log.exception("a bug: a client of uid %d is hung up", caller.uid)
 
     def _is_full(self, uid: int) -> bool:
         reserve = 0 if uid in (0, os.geteuid()) else CONNECTIONS_PER_UID_MAX
@@ -128,7 +136,10 @@ class Server:
                     greeted = True
                     await _send(stream, await self._answer(request, caller.uid, admin=admin))
             except p.FrameError as error:
-                await _send(stream, p.Error(id=0, code=p.ErrorCode.BAD_REQUEST, message=str(error)[:500]))
+                await _send(
+                    stream,
+                    p.Error(id=0, code=p.ErrorCode.BAD_REQUEST, message=str(error)[:MESSAGE_CHARS_MAX]),
+                )
                 return
 
     def _is_admin(self, caller: Peer) -> bool:
@@ -141,6 +152,7 @@ class Server:
 
     async def _answer(self, request: p.AnyNotifierRequest, uid: int, *, admin: bool) -> Reply:
         try:
+            _check_numbers(request)
             match request:
                 case p.Hello():
                     return self._greet(request, uid)
@@ -157,7 +169,7 @@ class Server:
                     return await self._defaults(request, uid, admin=admin)
         except Declined as declined:
             assert not isinstance(request, p.Hello)
-            return p.Error(id=request.id, code=declined.code, message=str(declined))
+            return p.Error(id=request.id, code=declined.code, message=str(declined)[:MESSAGE_CHARS_MAX])
 
     def _greet(self, hello: p.Hello, uid: int) -> Reply:
         if p.VERSION not in hello.versions:
@@ -168,7 +180,7 @@ class Server:
         unknown = {*request.states} - STATES
         if unknown:
             raise Declined(
-                p.ErrorCode.BAD_REQUEST, f"states are {', '.join(sorted(STATES))}, not {min(unknown)!r}"
+                p.ErrorCode.BAD_REQUEST, f"states are {', '.join(sorted(STATES))}, not {min(unknown)[:40]!r}"
             )
         if request.all and not admin:
             raise Declined(p.ErrorCode.FORBIDDEN, "all notifications are shown to administrators only")
@@ -187,7 +199,10 @@ class Server:
         )
 
     async def _endpoints(self, rows: list[Row], *, admin: bool) -> list[p.EndpointView]:
-        """All for administrators; else those users may name, and the caller's own far ends. Errors may quote a target."""
+        """All for administrators; else those users may name, and the caller's own far ends.
+
+        The latest error of a far end that others write to as well may quote their targets: of his own, each row tells.
+        """
         queued = await self._asked(Store.queued)
         disabled = await self._asked(Store.disabled)
         views = self._deliveries.views(queued, disabled)
@@ -195,7 +210,9 @@ class Server:
             return views[: p.PAGE_NOTIFICATIONS_MAX]
         own = {row.endpoint for row in rows}
         named = {name for name, endpoint in self._config.file.endpoints.items() if endpoint.users}
-        return [view for view in views if view.name in own | named][: p.PAGE_NOTIFICATIONS_MAX]
+        seen = [view for view in views if view.name in own | named][: p.PAGE_NOTIFICATIONS_MAX]
+        house = self._config.file.endpoints
+        return [view if view.name in house else replace(view, last_error=UNSET) for view in seen]
 
     async def _retry(self, request: p.NotificationRetry, uid: int, *, admin: bool) -> Reply:
         row = await self._asked(Store.get, request.notification)
@@ -247,6 +264,13 @@ class Server:
                 raise Declined(p.ErrorCode.BAD_NOTIFY, f"{word[:40]!r} is no occasion")
         if len(request.notify_on) > len(p.NotifyOn) + p.NOTIFY_TARGETS_MAX:
             raise Declined(p.ErrorCode.BAD_NOTIFY, "too many occasions")
+
+
+def _check_numbers(request: p.AnyNotifierRequest) -> None:
+    """What is looked up in the outbox, which knows 63 bits. Raises: Declined."""
+    for name in ("job", "after", "notification"):
+        if not 0 <= getattr(request, name, 0) <= NUMBER_MAX:
+            raise Declined(p.ErrorCode.BAD_REQUEST, f"{name} is 0 to {NUMBER_MAX}")
 
 
 def _decoded(body: bytes, *, greeted: bool) -> p.AnyNotifierRequest:

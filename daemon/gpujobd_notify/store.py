@@ -69,10 +69,13 @@ CREATE TABLE disabled (endpoint TEXT PRIMARY KEY, why TEXT NOT NULL, at REAL NOT
 """
 
 NEXT: Final = """
-SELECT * FROM (
-    SELECT * FROM outbox WHERE state = 'pending' AND endpoint = ? AND urgent = ? AND next_at <= ?
-    AND number NOT IN (SELECT value FROM json_each(?)) ORDER BY next_at, number LIMIT ?
-) ORDER BY row_number() OVER (PARTITION BY uid ORDER BY next_at, number), number LIMIT ?
+WITH line AS (
+    SELECT number, uid, row_number() OVER (PARTITION BY uid ORDER BY next_at, number) AS place FROM outbox
+    WHERE state = 'pending' AND endpoint = :endpoint AND urgent = :urgent AND next_at <= :now
+    AND number NOT IN (SELECT value FROM json_each(:but)) AND uid NOT IN (SELECT value FROM json_each(:full))
+)
+SELECT outbox.* FROM outbox JOIN line USING (number)
+ORDER BY line.place, line.uid <= :after_uid, line.uid LIMIT :limit
 """
 LIST: Final = """
 SELECT * FROM outbox WHERE number > :after AND (:uid IS NULL OR uid = :uid) AND (:job = 0 OR job = :job)
@@ -310,13 +313,30 @@ class Store:
         return [name for (name,) in names], later[0]
 
     def next(
-        self, endpoint: str, now: float, limit: int, *, urgent: bool, but: Sequence[int] = ()
+        self,
+        endpoint: str,
+        now: float,
+        limit: int,
+        *,
+        urgent: bool,
+        but: Sequence[int] = (),
+        full: Sequence[int] = (),
+        after_uid: int = -1,
     ) -> list[Row]:
-        """What to send next there; of each uid in turn, so that who has much to be told is not ahead of all others."""
-        rows = self._db.execute(
-            NEXT, (endpoint, urgent, now, msgspec.json.encode(but).decode(), 50 * limit, limit)
-        )
-        return [_row(row) for row in rows.fetchall()]
+        """What to send next there; of each uid in turn, so that who has much to be told is not ahead of all others.
+
+        `but`: numbers, and `full`: uids that are left out; `after_uid`: whose turn was the latest.
+        """
+        given = {
+            "endpoint": endpoint,
+            "urgent": urgent,
+            "now": now,
+            "limit": limit,
+            "but": msgspec.json.encode(but).decode(),
+            "full": msgspec.json.encode(full).decode(),
+            "after_uid": after_uid,
+        }
+        return [_row(row) for row in self._db.execute(NEXT, given).fetchall()]
 
     def digest(self, row: Row, limit: int) -> list[Row]:
         """All that goes out in one mail with this one: the same target, the same moment."""
@@ -348,6 +368,7 @@ class Store:
     def disable(self, name: str, why: str, now: float) -> None:
         """Nothing goes there any more: an endpoint by its name, or one URL."""
         with self._transaction():
+            why = why[:ERROR_CHARS_MAX]
             self._db.execute("INSERT OR REPLACE INTO disabled VALUES (?, ?, ?)", (name, why, now))
             self._db.execute(
                 "UPDATE outbox SET state = 'failed', over_at = ?, error = ? WHERE state = 'pending'"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from operator import attrgetter
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from gpujobd.core.model import (
     FINAL,
@@ -36,6 +36,9 @@ from gpujobd.core.model import (
 )
 
 Key = TypeVar("Key", str, int)
+
+REBASE_NS: Final = 1 << 60  # of virtual time, at a level
+VTIME_MAX_NS: Final = 1 << 63  # what msgpack can hold twice
 
 _line_key = attrgetter("line_key")
 
@@ -279,7 +282,7 @@ def charge(state: State, tenant: Tenant, level: Priority, vtime_ns: int) -> None
     if not vtime_ns:
         return
     _drop_active(state.book, tenant, level)
-    moved = tenant.vtimes_ns[level] + vtime_ns
+    moved = min(tenant.vtimes_ns[level] + vtime_ns, VTIME_MAX_NS)
     tenant.vtimes_ns = with_level(tenant.vtimes_ns, level, moved)
     insort(state.book.active[level], (moved, tenant.name))
     _advance_clock(state, level)
@@ -289,6 +292,21 @@ def _advance_clock(state: State, level: Priority) -> None:
     least = state.book.active[level][0][0]
     if least > state.vclocks_ns[level]:
         state.vclocks_ns = with_level(state.vclocks_ns, level, least)
+    if least > REBASE_NS:
+        _rebase(state, level, least)
+
+
+def _rebase(state: State, level: Priority, least_ns: int) -> None:
+    """Take the least off everybody's virtual time at this level: differences alone count.
+
+    A share of 0.001 moves on a thousand times as fast as the clock: after months a number would be too large for a file.
+    Who is not present and was behind starts at the least when it comes back, as it would have.
+    """
+    for tenant in state.tenants.values():
+        tenant.vtimes_ns = with_level(tenant.vtimes_ns, level, max(0, tenant.vtimes_ns[level] - least_ns))
+    active = state.book.active[level]
+    active[:] = [(vtime_ns - least_ns, name) for vtime_ns, name in active]
+    state.vclocks_ns = with_level(state.vclocks_ns, level, 0)
 
 
 def _drop_active(book: Book, tenant: Tenant, level: Priority) -> None:

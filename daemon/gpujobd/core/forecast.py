@@ -97,7 +97,7 @@ class Ahead:
             if handler in self.startable
         ]
         self.stamps = list(state.book.asleep)
-        self.asleep: list[tuple[int, int, Job]] = []
+        self.asleep: list[tuple[float, int, Job]] = []  # when: a float, for a time that is one must reach it
         self.servers: list[Server] = []
         self.agenda: list[tuple[float, int]] = []  # (when, which server) must choose
         for device in state.devices.values():
@@ -111,7 +111,7 @@ class Ahead:
         standing: dict[tuple[str, Priority], list[list[Job]]] = {}
         for at, (name, level, handler, jobs) in enumerate(self.copies):
             if wake[handler] > self.now_ns:
-                self.asleep += [(wake[handler], job.job_id, job) for job in jobs]
+                self.asleep += [(float(wake[handler]), job.job_id, job) for job in jobs]
             else:
                 standing.setdefault((name, level), []).append(jobs)
             if at % STEP == 0:
@@ -119,7 +119,7 @@ class Ahead:
         for at, stamp in enumerate(self.stamps):
             job = self.state.jobs.get(stamp[1])
             if job is not None and job.handler in self.startable:
-                self.asleep.append((stamp[0], job.job_id, job))
+                self.asleep.append((float(stamp[0]), job.job_id, job))
             if at % (20 * STEP) == 0:
                 yield
         self._add_extra(standing, wake)
@@ -137,7 +137,7 @@ class Ahead:
             return
         wake_ns = max(job.wake_ns, wake.get(job.handler, 0))
         if wake_ns > self.now_ns:
-            self.asleep.append((wake_ns, job.job_id, job))
+            self.asleep.append((float(wake_ns), job.job_id, job))
         else:
             standing.setdefault((job.tenant, job.priority), []).append([job])
 
@@ -372,7 +372,7 @@ class Ahead:
             if server.line is not None and server.rest is not None:
                 server.line.give_back(server.rest)
             server.line = server.rest = None
-        joins = [(at_ns, self.servers[which]) for at_ns, which in sorted(self.agenda)]
+        joins = [(float(at_ns), self.servers[which]) for at_ns, which in sorted(self.agenda)]
         self.agenda = []
         yield from Fluid(self, joins).run()
 
