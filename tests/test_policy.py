@@ -402,6 +402,8 @@ def test_virtual_time_ends_before_a_file_could_not_hold_it() -> None:
     floor = Floor(rules())
     floor.submit(ALICE, items=10 * LONG)
     floor.run(10)
+    floor.submit(BOB)
     for _ in range(3):
         book.charge(floor.state, floor.state.tenants["alice"], Priority.NORMAL, 1 << 63)
     snapshot.clone(floor.state)
+    assert list(snapshot.chunks(floor.state))

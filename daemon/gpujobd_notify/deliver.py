@@ -32,7 +32,7 @@ from gpujobd_notify.due import Due
 from gpujobd_notify.lanes import Crowd, Lane
 from gpujobd_notify.outcome import Outcome, Verdict, later, never
 from gpujobd_notify.schedule import GIVE_UP_S, next_wait_s
-from gpujobd_notify.store import ERROR_CHARS_MAX, Posting, Row, Store
+from gpujobd_notify.store import Posting, Row, Store
 from gpujobd_notify.targets import MAILTO, TargetError, parse
 from gpujobd_notify.thread import Asked
 
@@ -340,9 +340,7 @@ class Deliveries:
     async def _note(self, far: Far, rows: list[Row], outcome: Outcome) -> None:
         """Write down what a try brought."""
         now, numbers, row = self._now(), [row.number for row in rows], rows[0]
-        far.error = error = outcome.error[
-            :ERROR_CHARS_MAX
-        ]  # a name may have a thousand addresses, all of them ill
+        far.error = error = outcome.error
         if outcome.ill:
             far.breaker.failed(now)
             if far.breaker.position(now) is Position.OPEN:

@@ -34,7 +34,6 @@ BUSY_S: Final = 5.0
 PENDING, DELIVERED, FAILED, MUTED = (str(state) for state in p.NotificationState)
 PAGE: Final = 500
 PRUNED_AT_ONCE: Final = 1000
-ERROR_CHARS_MAX: Final = 500
 
 SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -362,13 +361,12 @@ class Store:
             self._db.executemany(
                 "UPDATE outbox SET state = ?, tries = tries + 1, next_at = ?, over_at = ?, error = ?"
                 " WHERE number = ? AND state = 'pending'",
-                [(state, next_at or now, over_at, error[:ERROR_CHARS_MAX], number) for number in numbers],
+                [(state, next_at or now, over_at, error, number) for number in numbers],
             )
 
     def disable(self, name: str, why: str, now: float) -> None:
         """Nothing goes there any more: an endpoint by its name, or one URL."""
         with self._transaction():
-            why = why[:ERROR_CHARS_MAX]
             self._db.execute("INSERT OR REPLACE INTO disabled VALUES (?, ?, ?)", (name, why, now))
             self._db.execute(
                 "UPDATE outbox SET state = 'failed', over_at = ?, error = ? WHERE state = 'pending'"

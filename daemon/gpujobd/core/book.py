@@ -38,7 +38,7 @@ from gpujobd.core.model import (
 Key = TypeVar("Key", str, int)
 
 REBASE_NS: Final = 1 << 60  # of virtual time, at a level
-VTIME_MAX_NS: Final = 1 << 63  # what msgpack can hold twice
+VTIME_MAX_NS: Final = 1 << 63  # half of what a file can hold
 
 _line_key = attrgetter("line_key")
 

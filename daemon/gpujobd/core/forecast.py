@@ -97,7 +97,7 @@ class Ahead:
             if handler in self.startable
         ]
         self.stamps = list(state.book.asleep)
-        self.asleep: list[tuple[float, int, Job]] = []  # when: a float, for a time that is one must reach it
+        self.asleep: list[tuple[float, int, Job]] = []
         self.servers: list[Server] = []
         self.agenda: list[tuple[float, int]] = []  # (when, which server) must choose
         for device in state.devices.values():
@@ -111,7 +111,8 @@ class Ahead:
         standing: dict[tuple[str, Priority], list[list[Job]]] = {}
         for at, (name, level, handler, jobs) in enumerate(self.copies):
             if wake[handler] > self.now_ns:
-                self.asleep += [(float(wake[handler]), job.job_id, job) for job in jobs]
+                for queued in jobs:
+                    self._put_to_bed(queued, wake[handler])
             else:
                 standing.setdefault((name, level), []).append(jobs)
             if at % STEP == 0:
@@ -119,7 +120,7 @@ class Ahead:
         for at, stamp in enumerate(self.stamps):
             job = self.state.jobs.get(stamp[1])
             if job is not None and job.handler in self.startable:
-                self.asleep.append((float(stamp[0]), job.job_id, job))
+                self._put_to_bed(job, stamp[0])
             if at % (20 * STEP) == 0:
                 yield
         self._add_extra(standing, wake)
@@ -137,9 +138,13 @@ class Ahead:
             return
         wake_ns = max(job.wake_ns, wake.get(job.handler, 0))
         if wake_ns > self.now_ns:
-            self.asleep.append((float(wake_ns), job.job_id, job))
+            self._put_to_bed(job, wake_ns)
         else:
             standing.setdefault((job.tenant, job.priority), []).append([job])
+
+    def _put_to_bed(self, job: Job, wake_ns: int) -> None:
+        """Before heapify(). The time is a float: that of the forecast is one, and must reach it."""
+        self.asleep.append((float(wake_ns), job.job_id, job))
 
     def _line(self, tenant: str, level: Priority) -> Line:
         line = self.lines.get((tenant, level))
