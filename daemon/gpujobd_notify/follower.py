@@ -1,6 +1,6 @@
 """The daemon's events, followed for ever: what they make due goes into the outbox.
 
-    connect -> attend -> ping -> (catch up) -> events --since cursor -> batches -> outbox
+    connect -> ping -> attend -> (catch up) -> events --since cursor -> batches -> outbox
        ^                                            |
        +---- hung up, silent, a gap, another past --+
 
@@ -272,12 +272,12 @@ class Follower:
         async with connected(self._paths) as connection:
             await connection.greet()
             self._heard = run_of_the_daemon(self._units) if self._paths == [p.SYSTEM_SOCKET] else ""
-            await self._attend(connection)
-            pong = await connection.ask(p.Ping)
+            pong = await connection.ask(p.Ping)  # before attend, from when jobs are accepted
             newest = pong.seq if isinstance(pong, p.Pong) else 0
+            await self._attend(connection)
             found = await self._asked(Store.cursor)
             if found is None:
-                await self._begin_anew(connection)
+                await self._begin_anew(connection, newest)
             else:
                 self._cursor = self._written = found
                 if newest < found.seq or self._restored:
@@ -429,11 +429,9 @@ class Follower:
 
     # --- lists ------------------------------------------------------------------------------------------------------
 
-    async def _begin_anew(self, connection: Connection) -> None:
-        """The first time: jobs that are there are known, and nothing of their past is told."""
-        seq = 0
+    async def _begin_anew(self, connection: Connection, seq: int) -> None:
+        """The first time: jobs that are there are known, and nothing of their past is told. What is after `seq` comes."""
         async for page in self._pages(connection, 0):
-            seq = seq or page.seq
             for job, record, _ in await self._records_of(page.jobs):
                 self._keep_if_wanted(due.already(record, job))
         await self._arrive(seq)
